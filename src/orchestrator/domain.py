@@ -1,0 +1,190 @@
+"""The words of the design as types: kinds, states, legal transitions, and the ids derived from ids.
+
+Pure: no clock, no input or output, no settings.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+from uuid import UUID, uuid5
+
+from orchestrator.errors import InvalidArgumentsError
+
+EXTRACTION_TYPE: Final = "extraction.requested"
+APP_ID: Final = "task-orchestrator"
+MAX_BIGINT: Final = 2**63 - 1
+MAX_THEME_LENGTH: Final = 255
+
+# Namespace of run ids made from Celery ids that are no UUIDs; fixed forever, for it is part of identity.
+_CELERY_ID_NAMESPACE: Final = UUID("6f1d7ad4-3a0b-5c52-9d3c-6a7b0f0c8e11")
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class RunKind(StrEnum):
+    """What a run does."""
+
+    SITE_ANALYSIS = "site_analysis"
+    CRAWL = "crawl"
+
+
+class RunState(StrEnum):
+    """Where a run stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    RETRYING = "retrying"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+class DispatchState(StrEnum):
+    """Where one data source of a crawl run stands."""
+
+    PENDING = "pending"
+    PUBLISHED = "published"
+    SKIPPED = "skipped"
+
+
+class SkipReason(StrEnum):
+    """Why a dispatch was skipped."""
+
+    NO_ACTIVE_CONFIG = "no_active_config"
+    RUN_CANCELED = "run_canceled"
+
+
+class AttemptOutcome(StrEnum):
+    """How one call to the Discovery Service ended."""
+
+    SUCCEEDED = "succeeded"
+    RETRYABLE = "retryable"
+    REFUSED = "refused"
+    LOST = "lost"
+
+
+class Trigger(StrEnum):
+    """Who started a run."""
+
+    CELERY = "celery"
+    CLI = "cli"
+
+
+TERMINAL: Final = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELED})
+UNFINISHED: Final = frozenset(RunState) - TERMINAL
+
+# from → to, the whole of promise 4; the ledger compares-and-sets along these edges and no others.
+TRANSITIONS: Final[dict[RunState, frozenset[RunState]]] = {
+    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELED}),
+    RunState.RUNNING: frozenset(
+        {RunState.RETRYING, RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELED},
+    ),
+    RunState.RETRYING: frozenset({RunState.RUNNING, RunState.CANCELED}),
+    RunState.FAILED: frozenset({RunState.QUEUED}),
+    RunState.SUCCEEDED: frozenset(),
+    RunState.CANCELED: frozenset(),
+}
+
+
+def sources_of(target: RunState) -> frozenset[RunState]:
+    """Return the states from which ``target`` may be reached."""
+    return frozenset(state for state, targets in TRANSITIONS.items() if target in targets)
+
+
+@dataclass(frozen=True, slots=True)
+class CrawlArguments:
+    """The arguments of ``execute_crawl_task``."""
+
+    task_id: int
+
+    def __post_init__(self) -> None:
+        _require_id("task_id", self.task_id)
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisArguments:
+    """The arguments of ``trigger_site_analysis``."""
+
+    data_source_id: int
+    theme_name: str
+
+    def __post_init__(self) -> None:
+        _require_id("data_source_id", self.data_source_id)
+        theme: object = self.theme_name
+        if not isinstance(theme, str):
+            raise InvalidArgumentsError(f"theme_name must be text, got {type(theme).__name__}")
+        if not theme.strip():
+            raise InvalidArgumentsError("theme_name must not be blank")
+        if len(theme) > MAX_THEME_LENGTH:
+            raise InvalidArgumentsError(
+                f"theme_name must have at most {MAX_THEME_LENGTH} characters, got {len(theme)}",
+            )
+        if "\x00" in theme or any("\ud800" <= character <= "\udfff" for character in theme):
+            raise InvalidArgumentsError("theme_name must not contain NUL characters or lone surrogates")
+
+
+Arguments = CrawlArguments | AnalysisArguments
+
+
+def _require_id(name: str, value: object) -> None:
+    # bool is a subclass of int, and True would silently mean row 1.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgumentsError(f"{name} must be an integer, got {type(value).__name__}")
+    if not 1 <= value <= MAX_BIGINT:
+        raise InvalidArgumentsError(f"{name} must be between 1 and {MAX_BIGINT}, got {_shorten(value)}")
+
+
+def _shorten(value: int) -> str:
+    # Python refuses to print integers beyond 4,300 digits; nobody wants to read them either.
+    return str(value) if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"  # noqa: PLR2004 -- 128 bits are readable
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionBatch:
+    """Some data sources of one crawl run, each with the config to crawl it by.
+
+    Attributes:
+        run_id: the run.
+        task_id: its crawl task.
+        traceparent: W3C trace context that goes along with every message.
+        sources: pairs of (data source id, crawl config id).
+    """
+
+    run_id: UUID
+    task_id: int
+    traceparent: str
+    sources: Sequence[tuple[int, int]]
+
+    def messages(self) -> Iterator[tuple[int, UUID, bytes]]:
+        """Yield (data source id, message id, JSON body) of each source, in order."""
+        head = b'{"crawl_config_id":'
+        tail = b',"task_id":%d,"run_id":"%s"}' % (self.task_id, str(self.run_id).encode())
+        for data_source_id, crawl_config_id in self.sources:
+            body = b'%s%d,"data_source_id":%d%s' % (head, crawl_config_id, data_source_id, tail)
+            yield data_source_id, message_id(self.run_id, data_source_id), body
+
+
+def message_id(run_id: UUID, data_source_id: int) -> UUID:
+    """Return the id that every resend of one dispatch carries: uuid5 of (run id, data source id)."""
+    return uuid5(run_id, str(data_source_id))
+
+
+def run_id_of(celery_id: str) -> tuple[UUID, str | None]:
+    """Return the run id of a Celery task id, and the original where it is no UUID.
+
+    The Celery id is the run id; an id that is no UUID maps by uuid5, so that a redelivery maps alike.
+    """
+    try:
+        return UUID(celery_id), None
+    except ValueError:
+        # PostgreSQL text holds neither NUL nor lone surrogates; the id stays recognisable without them.
+        printable = celery_id.encode("utf-8", "replace").decode().replace("\x00", "")
+        return uuid5(_CELERY_ID_NAMESPACE, printable), printable
+
+
+def traceparent_of(run_id: UUID, inherited: object = None) -> str:
+    """Return the caller's W3C traceparent where it is valid, else one whose trace id is the run id's hex."""
+    if isinstance(inherited, str) and _TRACEPARENT.fullmatch(inherited):
+        return inherited
+    return f"00-{run_id.hex}-{run_id.hex[16:]}-01"

@@ -1,0 +1,136 @@
+"""Every error this package raises on purpose, classified by remedy.
+
+    OrchestratorError
+    ├── ConfigurationError            a setting is unknown or malformed: correct it (exit 2)
+    ├── RefusedError                  the request can never succeed as it stands
+    │   ├── InvalidArgumentsError         wrong task arguments
+    │   ├── CrawlTaskNotFoundError        no such row in the application's crawl_tasks
+    │   ├── InvalidDataSourceIdsError     an element of data_source_ids is no positive integer
+    │   ├── CatalogMismatchError          the application's tables do not fit the mapping
+    │   ├── RunNotFoundError              no such run in the ledger
+    │   └── IllegalTransitionError        the run's state does not allow it
+    └── TransientError                wait and try again; nothing is lost meanwhile
+        ├── DatabaseUnavailableError      PostgreSQL is down, restarting or not migrated yet
+        ├── NotMigratedError              the ledger's tables are missing or older than this code
+        └── PublishError                  the broker did not confirm
+            ├── BrokerUnreachableError        no connection, or it broke
+            ├── BrokerBlockedError            the broker raised a resource alarm
+            ├── ConfirmTimeoutError           no confirm in time
+            ├── QueueMissingError             returned as unroutable, or no such queue
+            └── MessageRefusedError           the broker said no (nack, queue full)
+
+``code`` is stable and machine-readable: it is stored in the ledger, printed by the command line and
+returned by the API. ``retryable`` tells whether waiting can help; no caller looks at messages.
+"""
+
+from typing import ClassVar
+
+
+class OrchestratorError(Exception):
+    """Root of the tree; ``str(error)`` is one sentence meant for people."""
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+
+class ConfigurationError(OrchestratorError):
+    """A setting is unknown or malformed; the message names it."""
+
+    code = "configuration"
+
+
+class RefusedError(OrchestratorError):
+    """The request can never succeed as it stands."""
+
+    code = "refused"
+
+
+class InvalidArgumentsError(RefusedError):
+    """A task was called with wrong arguments."""
+
+    code = "invalid_arguments"
+
+
+class CrawlTaskNotFoundError(RefusedError):
+    """The application's crawl_tasks has no such row."""
+
+    code = "crawl_task_not_found"
+
+
+class InvalidDataSourceIdsError(RefusedError):
+    """An element of data_source_ids is no positive integer."""
+
+    code = "invalid_data_source_ids"
+
+
+class CatalogMismatchError(RefusedError):
+    """The application's tables do not fit the mapping in the settings, or may not be read."""
+
+    code = "catalog_mismatch"
+
+
+class RunNotFoundError(RefusedError):
+    """The ledger has no such run."""
+
+    code = "run_not_found"
+
+
+class IllegalTransitionError(RefusedError):
+    """The run's present state does not allow what was asked."""
+
+    code = "illegal_transition"
+
+
+class TransientError(OrchestratorError):
+    """Waiting can help."""
+
+    code = "transient"
+    retryable = True
+
+
+class DatabaseUnavailableError(TransientError):
+    """PostgreSQL cannot be reached or cannot serve right now."""
+
+    code = "database_unavailable"
+
+
+class NotMigratedError(TransientError):
+    """The ledger's tables are missing, or older than this code."""
+
+    code = "not_migrated"
+
+
+class PublishError(TransientError):
+    """The broker did not confirm every message of a batch."""
+
+    code = "publish_failed"
+
+
+class BrokerUnreachableError(PublishError):
+    """No connection to the broker, or it broke."""
+
+    code = "broker_unreachable"
+
+
+class BrokerBlockedError(PublishError):
+    """The broker raised a memory or disk alarm and accepts nothing."""
+
+    code = "broker_blocked"
+
+
+class ConfirmTimeoutError(PublishError):
+    """The broker did not confirm in time."""
+
+    code = "confirm_timeout"
+
+
+class QueueMissingError(PublishError):
+    """The message could not be routed: its queue does not exist."""
+
+    code = "queue_missing"
+
+
+class MessageRefusedError(PublishError):
+    """The broker answered with a nack, for instance because the queue is full."""
+
+    code = "message_refused"

@@ -1,0 +1,55 @@
+"""The Publisher port: put extraction requests on ``extraction_queue``, and say which are safely there.
+
+Two real implementations: :mod:`orchestrator.queues.rabbitmq` (pipelined publisher confirms) and
+:mod:`orchestrator.queues.postgres` (PGMQ, inside the ledger's own transaction). One behavioural suite runs
+against both. A publisher knows nothing of runs' states, of the ledger or of retries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sqlalchemy import Connection
+
+from orchestrator.domain import ExtractionBatch
+from orchestrator.errors import PublishError
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a batch.
+
+    Attributes:
+        confirmed: data source ids whose message the queue has durably, in no particular order.
+        error: why the others are not confirmed; none when all are. They may still have arrived: the wire is
+            at-least-once, and a resend carries the same message id.
+    """
+
+    confirmed: Sequence[int]
+    error: PublishError | None = None
+
+
+class Publisher(Protocol):
+    """Publishes extraction requests. Used by one thread at a time."""
+
+    def publish(self, batch: ExtractionBatch, transaction: Connection) -> Receipt:
+        """Publish a batch; return within seconds, whatever the broker does.
+
+        Args:
+            batch: what to publish.
+            transaction: the open ledger transaction that will mark the batch. A publisher that lives in the
+                same database joins it, others leave it alone.
+        """
+        ...
+
+    def check(self) -> str:
+        """Make sure that the queue is reachable, declaring it where it is missing; return where it is.
+
+        Raises:
+            PublishError: it is not.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the connection. Publishing again opens a new one."""
+        ...

@@ -1,0 +1,273 @@
+"""The one frozen tree of settings: environment over ``orchestrator.toml`` over defaults.
+
+Every setting is an environment variable with the prefix ``ORCHESTRATOR_``, nested by ``__``, or a key of
+``orchestrator.toml`` in the working directory (``ORCHESTRATOR_CONFIG`` names another file). Secrets live in
+``SecretStr`` and appear nowhere else.
+"""
+
+import os
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from orchestrator.errors import ConfigurationError
+
+PREFIX: Final = "ORCHESTRATOR_"
+CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
+DEFAULT_CONFIG_FILE: Final = "orchestrator.toml"
+
+_IDENTIFIER: Final = re.compile(r"[^\x00]{1,63}")
+
+
+def _identifier(value: str) -> str:
+    if not _IDENTIFIER.fullmatch(value):
+        raise ValueError("must be a PostgreSQL identifier of 1 to 63 characters")
+    return value
+
+
+def _time_zone(value: str) -> str:
+    try:
+        ZoneInfo(value)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{value!r} is no IANA time zone such as 'Asia/Shanghai'") from error
+    return value
+
+
+def _http_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("must be an http:// or https:// address")
+    return value
+
+
+def _url_of(*schemes: str) -> AfterValidator:
+    def check(value: SecretStr) -> SecretStr:
+        scheme, separator, _ = value.get_secret_value().partition("://")
+        if not separator or scheme not in schemes:
+            raise ValueError(f"must start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+        return value
+
+    return AfterValidator(check)
+
+
+Identifier = Annotated[str, AfterValidator(_identifier)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CrawlTasksMapping(_Section):
+    """Where crawl tasks stand in the application's database. Columns marked optional may be absent."""
+
+    schema_name: Identifier | None = Field(None, alias="schema", description="unset: the search path")
+    table: Identifier = "crawl_tasks"
+    id: Identifier = "id"
+    data_source_ids: Identifier = "data_source_ids"
+    schedule: Identifier = "schedule"
+    is_active: Identifier = "is_active"
+    updated_at: Identifier = Field("updated_at", description="optional column")
+    name: Identifier = Field("name", description="optional column")
+    timezone: Identifier = Field("timezone", description="optional column")
+    misfire_policy: Identifier = Field("misfire_policy", description="optional column")
+    overlap_policy: Identifier = Field("overlap_policy", description="optional column")
+
+
+class CrawlConfigsMapping(_Section):
+    """Where crawl configs stand in the application's database, which are active, which is the latest."""
+
+    schema_name: Identifier | None = Field(None, alias="schema", description="unset: the search path")
+    table: Identifier = "crawl_configs"
+    id: Identifier = "id"
+    data_source_id: Identifier = "data_source_id"
+    status: Identifier = "status"
+    created_at: Identifier = "created_at"
+    active: str | None = Field(
+        None,
+        description="SQL condition on a row of the table; default: the status column equals 'active'",
+        examples=["is_enabled AND deleted_at IS NULL"],
+    )
+    latest: str | None = Field(
+        None,
+        description="SQL sort keys, latest first; default: created_at DESC NULLS LAST, id DESC",
+        examples=["version DESC"],
+    )
+
+
+class CatalogSettings(_Section):
+    """How the application's tables are called."""
+
+    crawl_tasks: CrawlTasksMapping = CrawlTasksMapping()
+    crawl_configs: CrawlConfigsMapping = CrawlConfigsMapping()
+
+
+class DispatchSettings(_Section):
+    """The fan-out engine."""
+
+    batch_size: int = Field(1_000, ge=1, le=10_000, description="messages published per ledger transaction")
+    slice_seconds: Seconds = Field(20.0, le=30, description="a delivery works this long, then continues later")
+
+
+class LogSettings(_Section):
+    """What is logged, and how."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: console on a terminal, else one JSON object a line"
+    )
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Times are in seconds.
+
+    Raises:
+        ConfigurationError: from :func:`load`, one line naming the setting.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_prefix_target="all",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+    )
+
+    database_url: Annotated[SecretStr, _url_of("postgresql", "postgres")] | None = Field(
+        None, description="postgresql://user:password@host:port/database; unset: embedded PostgreSQL"
+    )
+    broker_url: Annotated[SecretStr, _url_of("amqp", "amqps", "pgmq")] = Field(
+        SecretStr("pgmq://"), description="amqp://user:password@host:port/vhost; pgmq:// is the database itself"
+    )
+    extraction_url: Annotated[SecretStr, _url_of("amqp", "amqps", "pgmq")] | None = Field(
+        None, description="where extraction messages go; unset: the broker"
+    )
+    extraction_queue: str = Field("extraction_queue", min_length=1, max_length=200)
+    discovery_url: Annotated[str, AfterValidator(_http_url)] = "http://discovery-svc/discover"
+    discovery_timeout: Seconds = Field(10.0, le=30, description="one whole call")
+    discovery_max_retries: int = Field(3, ge=0, le=100)
+    discovery_retry_delay: Seconds = Field(60.0, description="base of the exponential backoff")
+    discovery_max_delay: Seconds = Field(3_600.0, description="longest wait, Retry-After included")
+    discovery_concurrency: int = Field(16, ge=1, le=10_000, description="calls under way at once, all workers")
+    timezone: Annotated[str, AfterValidator(_time_zone)] = "UTC"
+    schema_name: Identifier = Field("orchestrator", alias="schema", description="the ledger's own schema")
+    state_dir: Path | None = Field(
+        None, description="embedded PostgreSQL's data; unset: the XDG state directory, or /var/lib as root"
+    )
+    catalog: CatalogSettings = CatalogSettings()
+    dispatch: DispatchSettings = DispatchSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _extraction_fits_its_queue(self) -> Self:
+        if self.extraction_transport == "pgmq" and not re.fullmatch(r"[A-Za-z0-9_]{1,47}", self.extraction_queue):
+            raise ValueError(
+                "extraction_queue must have at most 47 letters, digits or underscores when it lives in PostgreSQL"
+            )
+        for url in (self.broker_url, self.extraction_url):
+            if url is not None and url.get_secret_value().startswith("pgmq://") and len(url.get_secret_value()) > 7:  # noqa: PLR2004 -- len("pgmq://")
+                raise ValueError("pgmq:// takes no address: the queues live in the database of database_url")
+        return self
+
+    @property
+    def broker_transport(self) -> Literal["amqp", "pgmq"]:
+        """Which transport carries Celery's messages."""
+        return "pgmq" if self.broker_url.get_secret_value().startswith("pgmq") else "amqp"
+
+    @property
+    def extraction_transport(self) -> Literal["amqp", "pgmq"]:
+        """Which transport carries extraction messages."""
+        url = self.extraction_url or self.broker_url
+        return "pgmq" if url.get_secret_value().startswith("pgmq") else "amqp"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- pydantic-settings' signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the same
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment over file; nothing else is read."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=_config_file())
+
+
+def load() -> Settings:
+    """Read the settings.
+
+    Raises:
+        ConfigurationError: a setting is unknown or malformed, or the file cannot be read.
+    """
+    _refuse_unknown_variables()
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigurationError(_one_line(error)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{_config_file()} is no valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigurationError(f"{_config_file()} cannot be read: {error.strerror}") from None
+    except Exception as error:  # noqa: BLE001 -- pydantic-settings wraps a malformed variable in SettingsError
+        raise ConfigurationError(f"{error}; nested settings are given by __, one variable each") from None
+
+
+@cache
+def current() -> Settings:
+    """Return this process's settings, read once.
+
+    Raises:
+        ConfigurationError: see :func:`load`.
+    """
+    return load()
+
+
+def variables() -> dict[str, FieldInfo]:
+    """Return every leaf setting by its environment variable's name."""
+    return dict(_leaves(Settings, PREFIX))
+
+
+def _leaves(model: type[BaseModel], prefix: str) -> list[tuple[str, FieldInfo]]:
+    leaves = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, _Section):
+            leaves += _leaves(kind, f"{prefix}{name.upper()}__")
+        else:
+            leaves.append((f"{prefix}{(field.alias or name).upper()}", field))
+    return leaves
+
+
+def _config_file() -> Path:
+    return Path(os.environ.get(CONFIG_VARIABLE, DEFAULT_CONFIG_FILE))
+
+
+def _refuse_unknown_variables() -> None:
+    # pydantic-settings ignores unknown variables; a typo would silently mean the default.
+    known = {*variables(), CONFIG_VARIABLE}
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise ConfigurationError(f"{name}: there is no such setting; `orchestrator doctor --settings` lists all")
+    if CONFIG_VARIABLE in os.environ and not _config_file().is_file():
+        raise ConfigurationError(f"{CONFIG_VARIABLE}: there is no file {_config_file()}")
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = "__".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    reason = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+    return f"{PREFIX + place.upper() if place else 'settings'}: {reason.removeprefix('Value error, ')}"

@@ -1,0 +1,120 @@
+"""What this service says about itself: a catalogue of events, logged as structured lines.
+
+Event names are static and part of the interface: operators alert on them. Identifiers (run id, task id) are
+bound once per delivery with :func:`bound` and appear on every line below. Celery's, SQLAlchemy's and our own
+lines leave through one handler, as console text on a terminal and as one JSON object a line elsewhere.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Final
+
+import structlog
+
+from orchestrator.settings import LogSettings
+
+
+class Event(StrEnum):
+    """Every event that is logged, with the fields that come along."""
+
+    RUN_ACCEPTED = "run.accepted"
+    """A run was committed to the ledger: kind, trigger."""
+    RUN_ARGUMENTS_INVALID = "run.arguments_invalid"
+    """A message carried wrong arguments; a failed run says which: error."""
+    RUN_ID_CONFLICT = "run.id_conflict"
+    """The same run id came with other arguments; the first ones stand: kept, ignored."""
+    RUN_MATERIALIZED = "run.materialized"
+    """The plan of a crawl run is fixed: total, skipped, seconds."""
+    RUN_SLICE_ENDED = "run.slice_ended"
+    """A delivery used up its slice and enqueued its continuation: published."""
+    RUN_RETRYING = "run.retrying"
+    """A run waits before it goes on: code, error, delay."""
+    RUN_SUCCEEDED = "run.succeeded"
+    """A run is done: total, published, skipped."""
+    RUN_FAILED = "run.failed"
+    """A run failed: code, error."""
+    RUN_CANCELED = "run.canceled"
+    """A run was canceled: skipped, actor."""
+    RUN_REVIVED = "run.revived"
+    """An operator retried a failed run: actor."""
+    DISPATCH_SKIPPED = "dispatch.skipped"
+    """A data source has no active crawl config: data_source_id, reason. At most 20 a run, then a summary."""
+    DISPATCH_SKIPPED_SUMMARY = "dispatch.skipped_summary"
+    """How many data sources of a run were skipped: skipped, shown."""
+    ATTEMPT_STARTED = "attempt.started"
+    """A call to the Discovery Service begins: number."""
+    ATTEMPT_FINISHED = "attempt.finished"
+    """A call to the Discovery Service ended: number, outcome, status, milliseconds, error."""
+    ATTEMPT_LOST = "attempt.lost"
+    """A call's lease ran out without an answer recorded: number."""
+    MESSAGE_DEAD_LETTERED = "message.dead_lettered"
+    """A message that no task can take was moved to the dead-letter queue: reason, task, message_id."""
+    QUEUE_ARGUMENTS_DIFFER = "queue.arguments_differ"
+    """A queue exists with other arguments than plain clients declare: queue, error."""
+    WAKE_UP_FAILED = "wake_up.failed"
+    """A wake-up could not be enqueued; the pulse will: code, error."""
+    PULSE_WOKE = "pulse.woke"
+    """The pulse enqueued wake-ups: count."""
+    PULSE_FAILED = "pulse.failed"
+    """The pulse could not do its round and tries again: code, error, delay."""
+    DATABASE_WAITING = "database.waiting"
+    """A process waits for the database or its migration: error."""
+    DATABASE_READY = "database.ready"
+    """The wait is over."""
+
+
+_SHARED: Final[list[structlog.typing.Processor]] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]
+
+
+def configure_logging(settings: LogSettings) -> None:
+    """Send every log line of this process to standard error, in the format the settings ask for."""
+    console = sys.stderr.isatty() if settings.format == "auto" else settings.format == "console"
+    renderer: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+        if console
+        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=_SHARED,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.level)
+    # One line a call would tell the Discovery Service's address and nothing that the ledger does not.
+    for chatty in ("httpx2", "httpcore2", "amqp", "pgmq", "psycopg.pool", "alembic"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(settings.level)))
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_SHARED,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+def logger(name: str) -> structlog.stdlib.BoundLogger:
+    """Return the logger of one module."""
+    bound_logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    return bound_logger
+
+
+@contextmanager
+def bound(**identifiers: object) -> Iterator[None]:
+    """Put identifiers on every line logged inside the block by this thread."""
+    with structlog.contextvars.bound_contextvars(**identifiers):
+        yield
