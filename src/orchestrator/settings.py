@@ -179,7 +179,7 @@ class Settings(BaseSettings):
                 "extraction_queue must have at most 47 letters, digits or underscores when it lives in PostgreSQL"
             )
         for url in (self.broker_url, self.extraction_url):
-            if url is not None and url.get_secret_value().startswith("pgmq://") and len(url.get_secret_value()) > 7:  # noqa: PLR2004 -- len("pgmq://")
+            if url is not None and urlsplit(url.get_secret_value()).scheme == "pgmq" and url != SecretStr("pgmq://"):
                 raise ValueError("pgmq:// takes no address: the queues live in the database of database_url")
         return self
 
@@ -261,7 +261,7 @@ def _refuse_unknown_variables() -> None:
     known = {*variables(), CONFIG_VARIABLE}
     for name in sorted(os.environ):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise ConfigurationError(f"{name}: there is no such setting; `orchestrator doctor --settings` lists all")
+            raise ConfigurationError(f"{name}: no such setting; `orchestrator doctor --settings` lists all")
     if CONFIG_VARIABLE in os.environ and not _config_file().is_file():
         raise ConfigurationError(f"{CONFIG_VARIABLE}: there is no file {_config_file()}")
 

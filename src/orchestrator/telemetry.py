@@ -77,10 +77,12 @@ _SHARED: Final[list[structlog.typing.Processor]] = [
 def configure_logging(settings: LogSettings) -> None:
     """Send every log line of this process to standard error, in the format the settings ask for."""
     console = sys.stderr.isatty() if settings.format == "auto" else settings.format == "console"
+    # Tracebacks without local variables, in both formats: locals hold addresses and passwords.
+    plain = structlog.dev.plain_traceback
     renderer: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
         if console
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
