@@ -6,8 +6,9 @@ Pure: no clock, no input or output, no settings.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 from uuid import UUID, uuid5
 
 from orchestrator.errors import InvalidArgumentsError
@@ -188,3 +189,74 @@ def traceparent_of(run_id: UUID, inherited: object = None) -> str:
     if isinstance(inherited, str) and _TRACEPARENT.fullmatch(inherited):
         return inherited
     return f"00-{run_id.hex}-{run_id.hex[16:]}-01"
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """A run about to be committed to the ledger.
+
+    Attributes:
+        run_id: its id, and the Celery task id of every message about it.
+        arguments: what to do.
+        trigger: who asks.
+        traceparent: W3C trace context of the caller, or our own.
+        celery_id: the caller's id where it is no UUID.
+        retry_of: the finished run that it repeats.
+        not_before: the caller's ETA; the wait happens in the ledger.
+    """
+
+    run_id: UUID
+    arguments: Arguments
+    trigger: Trigger
+    traceparent: str
+    celery_id: str | None = None
+    retry_of: UUID | None = None
+    not_before: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WakeUp:
+    """A Celery message that says "look at this run". Losing one costs latency, never data."""
+
+    run_id: UUID
+    arguments: Arguments
+    traceparent: str
+
+
+@dataclass(frozen=True, slots=True)
+class CrawlRun:
+    """What the fan-out engine needs to know of a run it works on."""
+
+    run_id: UUID
+    task_id: int
+    traceparent: str
+    materialized: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call to the Discovery Service that has been recorded and may now be made."""
+
+    run_id: UUID
+    number: int
+    retries_done: int
+    data_source_id: int
+    theme_name: str
+    traceparent: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A worker or a beat, as its heartbeat tells the ledger.
+
+    Attributes:
+        name: unique node name.
+        kind: ``worker`` or ``beat``.
+        queues: the Celery queues that it consumes.
+        concurrency: its pool size, if it has a pool.
+    """
+
+    name: str
+    kind: Literal["worker", "beat"]
+    queues: tuple[str, ...] = ()
+    concurrency: int | None = None

@@ -26,6 +26,8 @@ class Event(StrEnum):
     """A message carried wrong arguments; a failed run says which: error."""
     RUN_ID_CONFLICT = "run.id_conflict"
     """The same run id came with other arguments; the first ones stand: kept, ignored."""
+    RUN_STARTED = "run.started"
+    """A run began, or went on after a wait."""
     RUN_MATERIALIZED = "run.materialized"
     """The plan of a crawl run is fixed: total, skipped, seconds."""
     RUN_SLICE_ENDED = "run.slice_ended"

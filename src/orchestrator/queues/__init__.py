@@ -5,7 +5,8 @@ Two real implementations: :mod:`orchestrator.queues.rabbitmq` (pipelined publish
 against both. A publisher knows nothing of runs' states, of the ledger or of retries.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,3 +54,33 @@ class Publisher(Protocol):
     def close(self) -> None:
         """Let go of the connection. Publishing again opens a new one."""
         ...
+
+
+class PerThread:
+    """A publisher that gives each thread one of its own, for workers whose pool is threads.
+
+    Args:
+        make: makes one publisher; opens nothing.
+    """
+
+    def __init__(self, make: Callable[[], Publisher]) -> None:
+        self._make = make
+        self._local = threading.local()
+
+    def publish(self, batch: ExtractionBatch, transaction: Connection) -> Receipt:
+        """See :class:`Publisher`."""
+        return self._mine().publish(batch, transaction)
+
+    def check(self) -> str:
+        """See :class:`Publisher`."""
+        return self._mine().check()
+
+    def close(self) -> None:
+        """Let go of this thread's connection."""
+        self._mine().close()
+
+    def _mine(self) -> Publisher:
+        if not hasattr(self._local, "publisher"):
+            self._local.publisher = self._make()
+        publisher: Publisher = self._local.publisher
+        return publisher

@@ -1,0 +1,104 @@
+"""The site-analysis engine: one call to the Discovery Service a turn, with every wait in the ledger.
+
+The attempt is recorded before the call and completed after it. A wait is a row, never a sleeping worker: the
+pulse wakes the run when its time has come. Decides nothing about state: the ledger does.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import random
+from time import monotonic
+
+from orchestrator.discovery import DiscoveryClient, RetryPolicy
+from orchestrator.domain import Attempt, AttemptOutcome, WakeUp
+from orchestrator.ledger import LEASE_MARGIN, Ledger
+from orchestrator.telemetry import Event, bound, logger
+
+_log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """Most calls under way at once: by all workers together, and by this node."""
+
+    everywhere: int
+    here: int
+
+
+class SiteAnalyser:
+    """Works on site-analysis runs.
+
+    Args:
+        ledger: where state lives.
+        client: the Discovery Service.
+        policy: when to call again.
+        timeout: seconds one call may take.
+        slice_seconds: how long a delivery goes on with runs that were waiting for a free call.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        client: DiscoveryClient,
+        policy: RetryPolicy,
+        *,
+        timeout: float,
+        slice_seconds: float,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._ledger = ledger
+        self._client = client
+        self._policy = policy
+        self._lease = timeout + LEASE_MARGIN
+        self._slice_seconds = slice_seconds
+        self._clock = clock
+
+    def deliver(self, wake_up: WakeUp, *, node: str, caps: Caps) -> WakeUp | None:
+        """Make the call that a run is due for, then those of runs that waited for a free call, for one slice.
+
+        Returns:
+            a run that is still waiting and should get the free call next, by a wake-up; none when no run is.
+
+        Raises:
+            DatabaseUnavailableError: the ledger is out of reach; deliver again later.
+        """
+        deadline = self._clock() + self._slice_seconds
+        turn: WakeUp | None = wake_up
+        while turn is not None and self._clock() < deadline:
+            with bound(run_id=str(turn.run_id)):
+                attempt = self._ledger.begin_attempt(
+                    turn.run_id,
+                    node=node,
+                    lease=self._lease,
+                    max_retries=self._policy.max_retries,
+                    cap=caps.everywhere,
+                    node_cap=caps.here,
+                )
+                if attempt is None:
+                    return None
+                self._call(attempt)
+            turn = self._ledger.next_waiting()
+        return turn
+
+    def _call(self, attempt: Attempt) -> None:
+        _log.info(Event.ATTEMPT_STARTED, number=attempt.number, data_source_id=attempt.data_source_id)
+        answer = self._client.call(
+            run_id=attempt.run_id,
+            data_source_id=attempt.data_source_id,
+            theme_name=attempt.theme_name,
+            traceparent=attempt.traceparent,
+        )
+        retry_in = None
+        if answer.outcome is AttemptOutcome.RETRYABLE and self._policy.may_retry(attempt.retries_done):
+            retry_in = self._policy.delay(attempt.retries_done + 1, answer.retry_after, random())  # noqa: S311 -- jitter, no secret
+        self._ledger.finish_attempt(attempt, answer, retry_in)
+        _log.info(
+            Event.ATTEMPT_FINISHED,
+            number=attempt.number,
+            outcome=answer.outcome,
+            status=answer.status,
+            milliseconds=round(answer.seconds * 1_000),
+            error=None if answer.outcome is AttemptOutcome.SUCCEEDED else answer.message,
+            retry_in=retry_in,
+        )

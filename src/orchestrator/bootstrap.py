@@ -1,0 +1,181 @@
+"""The composition root: the only place that picks concrete classes and wires them to the settings.
+
+One set of services a process, made on first use. A forked child makes its own: sockets are not shared.
+"""
+
+import os
+import threading
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+from orchestrator import migrations
+from orchestrator.analysis import Caps, SiteAnalyser
+from orchestrator.catalog import Catalog
+from orchestrator.celery_app import Sender, conninfo
+from orchestrator.db import Database
+from orchestrator.discovery import DiscoveryClient, RetryPolicy
+from orchestrator.dispatch import FanOut
+from orchestrator.domain import Node
+from orchestrator.embedded import EmbeddedPostgres, ServerConfig
+from orchestrator.errors import TransientError
+from orchestrator.insights import Insights
+from orchestrator.ledger import Ledger
+from orchestrator.pulse import Pulse
+from orchestrator.queues import PerThread, Publisher
+from orchestrator.queues.postgres import PostgresPublisher
+from orchestrator.queues.rabbitmq import RabbitMQPublisher
+from orchestrator.settings import Settings, current
+from orchestrator.telemetry import Event, logger
+
+_log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything a process works with."""
+
+    settings: Settings
+    database: Database
+    catalog: Catalog
+    ledger: Ledger
+    insights: Insights
+    publisher: Publisher
+    sender: Sender
+    fan_out: FanOut
+    analyser: SiteAnalyser
+
+    def pulse(self, node: Node) -> Pulse:
+        """Make the pulse of a node."""
+        return Pulse(self.ledger, self.sender.wake, node)
+
+    def caps(self, node: Node | None) -> Caps:
+        """Return how many Discovery calls may be under way.
+
+        A worker that serves both queues keeps one slot of its pool for crawl runs: slow discovery must not
+        hold up dispatch.
+        """
+        cap = self.settings.discovery_concurrency
+        if node is None or node.concurrency is None:
+            return Caps(cap, cap)
+        serves_both = len(node.queues) > 1
+        return Caps(cap, max(1, node.concurrency - (1 if serves_both else 0)))
+
+
+@cache
+def services() -> Services:
+    """Return this process's services. Opens nothing yet.
+
+    Raises:
+        ConfigurationError: a setting is unknown or malformed.
+    """
+    settings = current()
+    database = Database(conninfo(settings), settings.schema_name)
+    catalog = Catalog(settings.catalog)
+    ledger = Ledger(database)
+    publisher = _publisher(settings, database)
+    return Services(
+        settings=settings,
+        database=database,
+        catalog=catalog,
+        ledger=ledger,
+        insights=Insights(database),
+        publisher=publisher,
+        sender=Sender(),
+        fan_out=FanOut(
+            ledger,
+            catalog,
+            publisher,
+            batch_size=settings.dispatch.batch_size,
+            slice_seconds=settings.dispatch.slice_seconds,
+        ),
+        analyser=SiteAnalyser(
+            ledger,
+            DiscoveryClient(settings.discovery_url, settings.discovery_timeout),
+            RetryPolicy(settings.discovery_max_retries, settings.discovery_retry_delay, settings.discovery_max_delay),
+            timeout=settings.discovery_timeout,
+            slice_seconds=settings.dispatch.slice_seconds,
+        ),
+    )
+
+
+def _publisher(settings: Settings, database: Database) -> Publisher:
+    if settings.extraction_transport == "pgmq":
+        return PostgresPublisher(settings.extraction_queue, database.transaction)
+    url = settings.extraction_url or settings.broker_url
+    return PerThread(lambda: RabbitMQPublisher(url, settings.extraction_queue))
+
+
+# The parent's services are kept alive, never used: their destructors would shut sockets that it still uses.
+_inherited: Final[list[Services]] = []
+
+
+def _after_fork() -> None:
+    if services.cache_info().currsize:
+        _inherited.append(services())
+        services.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Home:
+    """What a process stands on: the embedded server where no database is configured, and its ledger."""
+
+    def __init__(self) -> None:
+        self._server: EmbeddedPostgres | None = None
+
+    def open(self) -> None:
+        """Join the embedded server, where that is the database, and migrate it; it is ours alone.
+
+        Raises:
+            ConfigurationError: something about the set-up must be corrected first.
+            DatabaseUnavailableError: the server did not start.
+        """
+        settings = current()
+        if settings.database_url is not None or self._server is not None:
+            return
+        server = EmbeddedPostgres(ServerConfig.of(settings))
+        server.join()
+        self._server = server
+        migrate()
+
+    def close(self) -> None:
+        """Leave the embedded server; the last one to leave stops it."""
+        if self._server is not None:
+            services().database.close()
+            self._server.leave()
+            self._server = None
+
+
+home: Final = Home()
+
+
+def migrate() -> bool:
+    """Bring the database up to date; return whether there was anything to do.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+    """
+    settings = current()
+    in_database = "pgmq" in {settings.broker_transport, settings.extraction_transport}
+    return migrations.upgrade(services().database, with_queues=in_database)
+
+
+def await_migrated(stop: threading.Event | None = None) -> None:
+    """Wait until the ledger is there and up to date, saying once what is being waited for."""
+    stop = stop or threading.Event()
+    said = ""
+    while not stop.is_set():
+        try:
+            home.open()
+            migrations.verify(services().database)
+        except TransientError as error:
+            if str(error) != said:
+                said = str(error)
+                _log.warning(Event.DATABASE_WAITING, code=error.code, error=said)
+            stop.wait(1)
+        else:
+            if said:
+                _log.info(Event.DATABASE_READY)
+            return

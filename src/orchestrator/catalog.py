@@ -1,0 +1,208 @@
+"""The main application's ``crawl_tasks`` and ``crawl_configs``: SELECT only, names as the settings map them.
+
+Gives statements, not rows: the ledger inserts a plan straight from :meth:`Catalog.plan`, so a run costs the
+same number of queries for one data source as for a million. Knows nothing of runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import psycopg
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Numeric,
+    ScalarSelect,
+    Select,
+    TableClause,
+    case,
+    cast,
+    column,
+    func,
+    literal,
+    literal_column,
+    select,
+    table,
+    true,
+)
+from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by
+from sqlalchemy.exc import DBAPIError
+
+from orchestrator.domain import MAX_BIGINT
+from orchestrator.errors import CatalogMismatchError, CrawlTaskNotFoundError, InvalidDataSourceIdsError
+from orchestrator.settings import CatalogSettings
+
+_EXAMPLES: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The statement parts of one crawl task's plan.
+
+    Attributes:
+        rows: select of ``data_source_id`` and ``crawl_config_id`` (null without an active config), one row a
+            distinct data source in ascending order; no row at all when any element is bad.
+        found: whether the crawl task exists.
+        bad: how many elements are no positive integers.
+        examples: the first few of them, as a JSON array.
+    """
+
+    rows: Select[tuple[int, int | None]]
+    found: ScalarSelect[bool]
+    bad: ScalarSelect[int]
+    examples: ScalarSelect[list[object] | None]
+
+
+class Catalog:
+    """Reads the application's tables by the names that the settings give them."""
+
+    def __init__(self, settings: CatalogSettings) -> None:
+        self._tasks = settings.crawl_tasks
+        self._configs = settings.crawl_configs
+
+    def plan(self, task_id: int) -> Plan:
+        """Build the plan of a crawl task: each of its data sources with its latest active config, if any."""
+        task = self._task(task_id)
+        elements = self._elements(task)
+        is_bad = ~elements.c.good
+        bad = select(func.count()).select_from(elements).where(is_bad).scalar_subquery()
+        sources = (
+            select(cast(cast(elements.c.value, Numeric), BigInteger).label("id"))
+            .distinct()
+            .where(elements.c.good, bad == 0)
+            .cte("sources")
+            .prefix_with("MATERIALIZED")
+        )
+        latest = self._latest(sources)
+        rows = (
+            select(sources.c.id.label("data_source_id"), latest.c.crawl_config_id)
+            .select_from(sources.outerjoin(latest, latest.c.data_source_id == sources.c.id))
+            .order_by(sources.c.id)
+        )
+        examples = (
+            select(func.jsonb_agg(aggregate_order_by(column("value"), column("position"))))
+            .select_from(
+                select(elements.c.value, elements.c.position)
+                .where(is_bad)
+                .order_by(elements.c.position)
+                .limit(_EXAMPLES)
+                .subquery()
+            )
+            .scalar_subquery()
+        )
+        found = select(func.count() > 0).select_from(task).scalar_subquery()
+        return Plan(rows, found, bad, examples)
+
+    def read_plan(self, connection: Connection, task_id: int) -> list[tuple[int, int | None]]:
+        """Return (data source id, crawl config id or none) of each data source, as a run would plan it now.
+
+        Raises:
+            CrawlTaskNotFoundError: there is no such crawl task.
+            InvalidDataSourceIdsError: an element of its list is no positive integer.
+            CatalogMismatchError: the tables do not fit the mapping.
+        """
+        plan = self.plan(task_id)
+        with mismatch_explained():
+            verdict = connection.execute(select(plan.found, plan.bad, plan.examples)).one()
+            refuse_unplannable(task_id, *verdict)
+            return [(row.data_source_id, row.crawl_config_id) for row in connection.execute(plan.rows)]
+
+    def _task(self, task_id: int) -> CTE:
+        names = self._tasks
+        tasks = _table(names.schema_name, names.table, names.id, names.data_source_ids)
+        # jsonb for both forms: an integer array and a JSON array become the same thing here.
+        ids = func.to_jsonb(tasks.c[names.data_source_ids], type_=JSONB)
+        return select(ids.label("ids")).where(tasks.c[names.id] == task_id).cte("task").prefix_with("MATERIALIZED")
+
+    @staticmethod
+    def _elements(task: CTE) -> CTE:
+        kind = func.jsonb_typeof(task.c.ids)
+        # Anything but an array (an object, a number, a text) is one bad element; JSON null is an empty list.
+        array = case(
+            (kind == "array", task.c.ids),
+            (func.coalesce(kind, "null") == "null", literal([], JSONB)),
+            else_=func.jsonb_build_array(task.c.ids),
+        )
+        element = (
+            func.jsonb_array_elements(array, type_=JSONB).table_valued(
+                column("value", JSONB), with_ordinality="position", name="element"
+            )
+        ).render_derived()
+        number = cast(element.c.value, Numeric)
+        # CASE, not AND: only its order of evaluation is guaranteed, and the cast fails on what is no number.
+        good = case(
+            (func.jsonb_typeof(element.c.value) != "number", literal(value=False)),
+            else_=(number == func.trunc(number)) & number.between(1, MAX_BIGINT),
+        )
+        return (
+            select(element.c.value, element.c.position, good.label("good"))
+            .select_from(task.join(element, true()))
+            .where(func.jsonb_typeof(element.c.value) != "null")
+            .cte("elements")
+            .prefix_with("MATERIALIZED")
+        )
+
+    def _latest(self, sources: CTE) -> CTE:
+        names = self._configs
+        configs = _table(names.schema_name, names.table, names.id, names.data_source_id, names.status, names.created_at)
+        source = configs.c[names.data_source_id]
+        active: ColumnElement[bool] = (
+            literal_column(f"({names.active})") if names.active else configs.c[names.status] == "active"
+        )
+        order: list[ColumnElement[object]] = (
+            [literal_column(names.latest)]
+            if names.latest
+            else [configs.c[names.created_at].desc().nulls_last(), configs.c[names.id].desc()]
+        )
+        # Semi-join: crawl_configs stays the only table whose columns the settings' SQL can mean.
+        return (
+            select(source.label("data_source_id"), configs.c[names.id].label("crawl_config_id"))
+            .distinct(source)
+            .where(source.in_(select(sources.c.id)), active)
+            .order_by(source, *order)
+            .cte("latest")
+        )
+
+
+def refuse_unplannable(task_id: int, found: bool, bad: int, examples: list[object] | None) -> None:  # noqa: FBT001 -- a row of the verdict, as PostgreSQL gives it
+    """Raise what a plan's verdict calls for, if anything.
+
+    Raises:
+        CrawlTaskNotFoundError: there is no such crawl task.
+        InvalidDataSourceIdsError: an element of its list is no positive integer.
+    """
+    if not found:
+        raise CrawlTaskNotFoundError(f"there is no crawl task {task_id}")
+    if bad:
+        shown = ", ".join(repr(example)[:50] for example in examples or [])
+        raise InvalidDataSourceIdsError(
+            f"crawl task {task_id}: data_source_ids must hold positive integers only;"
+            f" {bad} element{'s are' if bad > 1 else ' is'} not, for instance {shown}"
+        )
+
+
+@contextmanager
+def mismatch_explained() -> Iterator[None]:
+    """Turn PostgreSQL's complaint about a mapped table into a sentence that says what to do.
+
+    Raises:
+        CatalogMismatchError: a mapped table or column is missing, of another type, or may not be read.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        # Classes 42 (no such table, column or operator; no right to read) and 22 (a value of another type).
+        if isinstance(error.orig, psycopg.Error) and (error.orig.sqlstate or "")[:2] in {"42", "22"}:
+            complaint = error.orig.diag.message_primary
+            raise CatalogMismatchError(
+                f"the application's tables do not fit the settings: {complaint}; `orchestrator doctor` says how to map"
+            ) from error
+        raise
+
+
+def _table(schema: str | None, name: str, *columns: str) -> TableClause:
+    return table(name, *(column(each) for each in dict.fromkeys(columns)), schema=schema)

@@ -1,0 +1,295 @@
+"""The Celery application: its queues, the settings that hold up under faults, and how wake-ups are sent.
+
+``celery -A orchestrator.celery_app worker|beat|inspect`` works with the stock command line. Importing this
+module reads no settings and opens nothing: configuration happens on first use, connections after that.
+Deliberately unknown here: the ledger, and what the tasks do.
+"""
+
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import astuple
+from time import monotonic
+from typing import Any, Final
+
+import amqp.exceptions
+import kombu.exceptions
+import psycopg
+from celery import Celery
+from kombu import Connection, Exchange, Queue
+
+from orchestrator import embedded
+from orchestrator.domain import CrawlArguments, WakeUp
+from orchestrator.errors import (
+    BrokerUnreachableError,
+    ConfigurationError,
+    ConfirmTimeoutError,
+    MessageRefusedError,
+    PublishError,
+    QueueMissingError,
+)
+from orchestrator.settings import Settings, current
+from orchestrator.telemetry import Event, logger
+
+ANALYSIS_QUEUE: Final = "orchestrator.analysis"
+CRAWL_QUEUE: Final = "orchestrator.crawl"
+DEAD_QUEUE: Final = "orchestrator.dead"
+ANALYSIS_TASK: Final = "orchestrator.tasks.trigger_site_analysis"
+CRAWL_TASK: Final = "orchestrator.tasks.execute_crawl_task"
+
+CONFIRM_TIMEOUT: Final = 5.0  # seconds
+IO_TIMEOUT: Final = 10.0  # seconds
+_IDLE_LIMIT: Final = 20.0  # seconds; heartbeats are off on sending connections, nobody services them
+
+_log = logger(__name__)
+_exchange: Final = Exchange("orchestrator", type="topic", durable=True)
+# Without arguments: a plain client redeclares the queue by name alone, and RabbitMQ compares (406).
+_declared: Final = tuple(
+    Queue(name, _exchange, routing_key=name, durable=True) for name in (ANALYSIS_QUEUE, CRAWL_QUEUE)
+)
+_dead: Final = Queue(DEAD_QUEUE, durable=True)
+
+
+def _configuration() -> dict[str, Any]:
+    try:
+        settings = current()
+    except ConfigurationError as error:
+        # Celery's command line would print a traceback for a user's mistake.
+        sys.stderr.write(f"orchestrator: {error}\n")
+        raise SystemExit(2) from None
+    return _common() | _transport(settings)
+
+
+def _common() -> dict[str, Any]:
+    return {
+        # Declared by declare_topology, which explains a mismatch instead of dying of it.
+        "task_queues": [
+            Queue(queue.name, _exchange, routing_key=queue.name, durable=True, no_declare=True) for queue in _declared
+        ],
+        "task_default_queue": CRAWL_QUEUE,
+        "task_default_exchange": _exchange.name,
+        "task_default_exchange_type": "topic",
+        "task_default_routing_key": CRAWL_QUEUE,
+        "task_routes": {ANALYSIS_TASK: {"queue": ANALYSIS_QUEUE}, CRAWL_TASK: {"queue": CRAWL_QUEUE}},
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "task_ignore_result": True,
+        # Acknowledged once the effect is in the ledger; a lost child is retried a bounded number of times.
+        "task_acks_late": True,
+        "task_retry_on_worker_lost": True,
+        "task_reject_on_worker_lost": False,
+        "task_time_limit": 900,  # well under RabbitMQ's consumer_timeout of 30 minutes
+        "task_soft_time_limit": 840,
+        "worker_prefetch_multiplier": 1,
+        # The work waits for PostgreSQL, the broker and HTTP: four share even one core well.
+        "worker_concurrency": 4,
+        "worker_max_tasks_per_child": 500,
+        "worker_max_memory_per_child": 300_000,  # KiB
+        "worker_cancel_long_running_tasks_on_connection_loss": True,
+        "worker_soft_shutdown_timeout": 25,
+        "worker_consumer": "orchestrator.worker:Consumer",
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        # Celery 5.7's exclusive control queue ends a worker that reconnects while the broker still holds
+        # the old connection (405 RESOURCE_LOCKED).
+        "control_queue_exclusive": False,
+        "control_queue_durable": True,
+        "broker_connection_timeout": 5,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_heartbeat": 30,
+        "broker_pool_acquire_timeout": 10,  # the default waits for ever
+        "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.5, "interval_max": 1},
+        "beat_scheduler": "orchestrator.beat:Scheduler",
+        "beat_max_loop_interval": 1,
+        "enable_utc": True,
+        "timezone": "UTC",
+    }
+
+
+def _transport(settings: Settings) -> dict[str, Any]:
+    if settings.broker_transport == "amqp":
+        return {
+            "broker_url": settings.broker_url.get_secret_value(),
+            "broker_transport_options": {
+                "confirm_publish": True,
+                # Without these a blocked broker hangs the caller even with a confirm time-out.
+                "read_timeout": IO_TIMEOUT,
+                "write_timeout": IO_TIMEOUT,
+            },
+            "beat_enable_remote_control": True,
+        }
+    return {
+        "broker_url": "pgmq://",
+        "broker_transport_options": {
+            "conn_string": conninfo(settings),
+            "init_extension": False,  # `orchestrator migrate` installs the SQL
+            "visibility_timeout": 60,  # not renewed: well above the longest delivery, below our patience
+            "wait_time_seconds": 0,  # a long poll of one queue would hold up the other
+            "polling_interval": 0.2,
+            "pool_size": 4,
+            "pool_timeout": IO_TIMEOUT,
+        },
+        # Broadcast queues by node name: names over 47 characters would end the worker.
+        "worker_enable_remote_control": False,
+    }
+
+
+def conninfo(settings: Settings) -> str:
+    """Return how to reach the database: the configured URL, or the embedded server's socket."""
+    if settings.database_url is None:
+        return embedded.conninfo(settings)
+    return settings.database_url.get_secret_value()
+
+
+app: Final = Celery("orchestrator", include=["orchestrator.tasks", "orchestrator.worker"])
+app.add_defaults(_configuration)
+
+
+def declare_topology(connection: Connection) -> None:
+    """Declare exchange and queues, whoever comes first; explain a queue that exists with other arguments.
+
+    Such a queue is used as it is: consuming works, and only plain clients that name it are refused.
+    """
+    entities: tuple[Exchange | Queue, ...] = (_exchange, *_declared, _dead)
+    for entity in entities:
+        try:
+            with connection.channel() as channel:
+                entity.bind(channel).declare()
+        except amqp.exceptions.PreconditionFailed as error:
+            _log.warning(
+                Event.QUEUE_ARGUMENTS_DIFFER,
+                queue=entity.name,
+                error=(
+                    f"{entity.name} exists with other arguments than plain Celery clients declare, so the broker will"
+                    " refuse clients that send by its name (406): delete it while it is empty and let a worker"
+                    f" declare it; queue type, limits and dead-lettering belong in a policy. Broker: {error.reply_text}"
+                ),
+            )
+
+
+class Sender:
+    """Sends messages to our own queues, each confirmed. Thread-safe; not to be carried across a fork."""
+
+    def __init__(self, celery: Celery = app) -> None:
+        self._celery = celery
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._used_at = 0.0
+
+    def wake(self, wake_ups: Sequence[WakeUp]) -> None:
+        """Enqueue a Celery message for each run.
+
+        Raises:
+            PublishError: at least one was not confirmed. Those before it were; a repeat is harmless.
+        """
+        with self._lock, self._errors_explained():
+            producer = self._celery.amqp.Producer(self._connected(), auto_declare=False)
+            for wake_up in wake_ups:
+                self._send(producer, wake_up)
+
+    def bury(self, body: bytes | str | None, headers: dict[str, Any], content_type: str, content_encoding: str) -> None:
+        """Put a message that no task can take on the dead-letter queue, as it came.
+
+        Raises:
+            PublishError: it was not confirmed.
+        """
+        with self._lock, self._errors_explained():
+            self._celery.amqp.Producer(self._connected(), auto_declare=False).publish(
+                body,
+                exchange="",
+                routing_key=DEAD_QUEUE,
+                headers=headers,
+                content_type=content_type,
+                content_encoding=content_encoding,
+                delivery_mode=2,
+                mandatory=True,
+                confirm_timeout=CONFIRM_TIMEOUT,
+                retry=False,
+            )
+
+    def check(self) -> None:
+        """Connect and declare the topology.
+
+        Raises:
+            PublishError: the broker cannot be reached.
+        """
+        with self._lock, self._errors_explained():
+            self._connected()
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        with self._lock:
+            self._drop()
+
+    def _send(self, producer: Any, wake_up: WakeUp) -> None:
+        crawl = isinstance(wake_up.arguments, CrawlArguments)
+        self._celery.send_task(
+            CRAWL_TASK if crawl else ANALYSIS_TASK,
+            args=astuple(wake_up.arguments),
+            task_id=str(wake_up.run_id),
+            producer=producer,
+            exchange=_exchange.name,
+            routing_key=CRAWL_QUEUE if crawl else ANALYSIS_QUEUE,
+            headers={"traceparent": wake_up.traceparent},
+            mandatory=True,
+            confirm_timeout=CONFIRM_TIMEOUT,
+            retry=False,
+            ignore_result=True,
+        )
+
+    def _connected(self) -> Connection:
+        if self._connection is not None and monotonic() - self._used_at > _IDLE_LIMIT:
+            self._drop()
+        if self._connection is None:
+            connection = self._celery.connection_for_write(heartbeat=0)
+            connection.connect()
+            self._connection = connection
+            declare_topology(connection)
+        self._used_at = monotonic()
+        return self._connection
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # Hard, without the closing handshake: that would wait for a broker that does not answer.
+            with suppress(Exception):
+                connection.collect(socket_timeout=0.1)
+
+    def _errors_explained(self) -> "_ErrorsExplained":
+        return _ErrorsExplained(self._drop)
+
+
+class _ErrorsExplained:
+    """Turn transport errors into ours, and drop the connection: a stale confirm must not meet a new message."""
+
+    def __init__(self, drop: Any) -> None:
+        self._drop = drop
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        self._drop()
+        translated = _publish_error(error)
+        if translated is not None:
+            raise translated from error
+
+
+def _publish_error(error: BaseException) -> PublishError | None:
+    match error:
+        case amqp.exceptions.MessageNacked():
+            return MessageRefusedError("the broker refused a wake-up; is a task queue full?")
+        case TimeoutError():
+            return ConfirmTimeoutError("the broker did not confirm a wake-up in time")
+        case amqp.exceptions.NoConsumers() | amqp.exceptions.NotFound():
+            return QueueMissingError("a task queue is missing; it is declared again on the next try")
+        case amqp.exceptions.ChannelError() if error.reply_code == 312:  # noqa: PLR2004 -- AMQP's NO_ROUTE
+            return QueueMissingError("a task queue is missing; it is declared again on the next try")
+        case amqp.exceptions.AMQPError() | kombu.exceptions.KombuError() | OSError() | psycopg.Error():
+            return BrokerUnreachableError(f"the broker cannot be reached: {type(error).__name__}: {error}")
+        case _:
+            return None

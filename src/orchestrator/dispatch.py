@@ -1,0 +1,128 @@
+"""The fan-out engine: one crawl run becomes one message for each data source that has an active config.
+
+A delivery works on a run for one slice of time: fix the plan, then take a batch, publish it with confirms,
+mark it, commit, again and again. Any number of deliveries may work on one run at once and share its rows;
+each may die at any point. Decides nothing about state: the ledger does, by compare-and-set.
+"""
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+from uuid import UUID
+
+from orchestrator.catalog import Catalog
+from orchestrator.domain import TERMINAL, CrawlRun, ExtractionBatch, RunState
+from orchestrator.errors import PublishError, RefusedError
+from orchestrator.ledger import SHOWN_SKIPS, Ledger
+from orchestrator.queues import Publisher
+from orchestrator.telemetry import Event, logger
+
+_log = logger(__name__)
+_FROM_THE_START: Final = 0  # data source ids are positive
+
+
+class FanOut:
+    """Works on crawl runs, one slice a delivery.
+
+    Args:
+        ledger: where state lives.
+        catalog: where plans come from.
+        publisher: where messages go.
+        batch_size: messages a transaction.
+        slice_seconds: how long a delivery works before it hands over to its continuation.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        catalog: Catalog,
+        publisher: Publisher,
+        *,
+        batch_size: int,
+        slice_seconds: float,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._ledger = ledger
+        self._catalog = catalog
+        self._publisher = publisher
+        self._batch_size = batch_size
+        self._slice_seconds = slice_seconds
+        self._clock = clock
+
+    def deliver(self, run_id: UUID) -> bool:
+        """Work on a run for at most one slice; return whether there is more to do, by a continuation.
+
+        Raises:
+            DatabaseUnavailableError: the ledger is out of reach; deliver again later.
+        """
+        deadline = self._clock() + self._slice_seconds
+        run = self._ledger.begin_crawl(run_id)
+        if run is None:
+            return False
+        try:
+            if not run.materialized:
+                self._materialize(run)
+            unfinished = self._publish_until(deadline, run)
+        except PublishError as error:
+            self._ledger.postpone_crawl(run_id, error)
+            return False
+        except RefusedError as error:
+            self._ledger.fail(run_id, error)
+            return False
+        if unfinished:
+            _log.info(Event.RUN_SLICE_ENDED)
+            return True
+        self._ledger.complete_crawl(run_id)
+        return False
+
+    def _materialize(self, run: CrawlRun) -> None:
+        started = self._clock()
+        counts = self._ledger.materialize(run.run_id, run.task_id, self._catalog.plan(run.task_id))
+        if counts is None:
+            return
+        total, skipped = counts
+        _log.info(Event.RUN_MATERIALIZED, total=total, skipped=skipped, seconds=round(self._clock() - started, 3))
+        if skipped:
+            self._warn_of_skips(run, skipped)
+
+    def _warn_of_skips(self, run: CrawlRun, skipped: int) -> None:
+        shown = self._ledger.skipped_sources(run.run_id, SHOWN_SKIPS)
+        for data_source_id in shown:
+            _log.warning(
+                Event.DISPATCH_SKIPPED, task_id=run.task_id, data_source_id=data_source_id, reason="no_active_config"
+            )
+        _log.warning(Event.DISPATCH_SKIPPED_SUMMARY, task_id=run.task_id, skipped=skipped, shown=len(shown))
+
+    def _publish_until(self, deadline: float, run: CrawlRun) -> bool:
+        """Publish batches until the deadline; return whether rows may be left for us to take."""
+        after = _FROM_THE_START
+        while self._clock() < deadline:
+            batch = self._publish_batch(run, after)
+            if batch is not None:
+                after, state = batch
+                if state in TERMINAL:
+                    return False
+            elif after == _FROM_THE_START:
+                # Nothing pending, or all of it taken by others: they will finish it, or the pulse wakes us.
+                return False
+            else:
+                # A worker may have died behind us and freed the rows that it had taken.
+                after = _FROM_THE_START
+        return True
+
+    def _publish_batch(self, run: CrawlRun, after: int) -> tuple[int, RunState] | None:
+        """Publish and mark one batch; return its last data source and the run's state, none if no row was free.
+
+        Raises:
+            PublishError: not all of it was confirmed; what was is marked and committed.
+        """
+        with self._ledger.pending_batch(run.run_id, limit=self._batch_size, after=after) as pending:
+            if not pending.sources:
+                return None
+            batch = ExtractionBatch(run.run_id, run.task_id, run.traceparent, pending.sources)
+            receipt = self._publisher.publish(batch, pending.transaction)
+            state = pending.mark(receipt.confirmed)
+        if receipt.error is not None:
+            raise receipt.error
+        return pending.sources[-1][0], state

@@ -1,0 +1,82 @@
+"""The pulse: about once a second, in every worker and every beat, wake what is due and show a sign of life.
+
+One maintenance loop, one file. One process at a time does the waking (an advisory lock in the ledger);
+which one does not matter, so workers alone heal themselves. It asks for no proof of death: a spurious
+wake-up only adds a helper.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from random import uniform
+from time import monotonic
+from typing import Final
+
+from orchestrator import __version__
+from orchestrator.domain import Node, WakeUp
+from orchestrator.errors import TransientError
+from orchestrator.ledger import Ledger
+from orchestrator.telemetry import Event, logger
+
+PERIOD: Final = 1.0  # seconds
+HEARTBEAT: Final = 5.0  # seconds
+BATCH: Final = 200
+_ROUND: Final = 5.0  # seconds; a long list of due runs leaves room for the heartbeat
+_LONGEST_PAUSE: Final = 10.0  # seconds between tries while the database or the broker is down
+
+_log = logger(__name__)
+
+
+class Pulse:
+    """Wakes due runs and writes one node's heartbeat.
+
+    Args:
+        ledger: where state lives.
+        enqueue: sends wake-ups, each confirmed; raises PublishError.
+        node: who beats.
+    """
+
+    def __init__(self, ledger: Ledger, enqueue: Callable[[Sequence[WakeUp]], None], node: Node) -> None:
+        self._ledger = ledger
+        self._enqueue = enqueue
+        self._node = node
+        self._seen_at = float("-inf")
+        self._failures = 0
+
+    def once(self) -> float:
+        """Do one round; return how many seconds to wait before the next. Never raises for an outage."""
+        try:
+            self._show_life()
+            self._wake()
+        except TransientError as error:
+            self._failures += 1
+            pause = min(PERIOD * self._failures, _LONGEST_PAUSE)
+            _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error), delay=pause)
+            return pause
+        self._failures = 0
+        # Uneven, so that many nodes do not ask for the lock at the same moment for ever.
+        return PERIOD * uniform(0.8, 1.2)  # noqa: S311 -- spread, no secret
+
+    def run(self, stop: threading.Event) -> None:
+        """Do rounds until told to stop, then sign off."""
+        while not stop.wait(self.once()):
+            pass
+        self.sign_off()
+
+    def sign_off(self) -> None:
+        """Tell the ledger that this node stopped in an orderly way, if it can hear it."""
+        try:
+            self._ledger.sign_off(self._node)
+        except TransientError as error:
+            _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error))
+
+    def _show_life(self) -> None:
+        if monotonic() - self._seen_at >= HEARTBEAT:
+            self._ledger.heartbeat(self._node, __version__)
+            self._seen_at = monotonic()
+
+    def _wake(self) -> None:
+        deadline = monotonic() + _ROUND
+        while count := self._ledger.wake_due(self._enqueue, BATCH):
+            _log.info(Event.PULSE_WOKE, count=count)
+            if count < BATCH or monotonic() > deadline:
+                return

@@ -1,0 +1,150 @@
+"""The two Celery tasks, thin: parse the message, accept the run, let the engine work, map errors.
+
+A message is acknowledged once its effect is in the ledger. Wrong arguments become a failed run, never a
+crash; a database that is away is waited for, message in hand.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from time import monotonic, sleep
+from typing import Any, Final
+
+from celery.app.task import Context, Task
+from celery.exceptions import Reject
+
+from orchestrator.bootstrap import services
+from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, app
+from orchestrator.domain import (
+    AnalysisArguments,
+    Arguments,
+    CrawlArguments,
+    NewRun,
+    RunKind,
+    RunState,
+    Trigger,
+    WakeUp,
+    run_id_of,
+    traceparent_of,
+)
+from orchestrator.errors import InvalidArgumentsError, PublishError, TransientError
+from orchestrator.telemetry import Event, bound, logger
+from orchestrator.worker import EXPIRES, NOT_BEFORE, this_node
+
+PATIENCE: Final = 120.0
+"""Seconds that a delivery waits for the database before it gives its message back to the broker."""
+_LONGEST_PAUSE: Final = 5.0
+
+_log = logger(__name__)
+
+
+@app.task(name=CRAWL_TASK, bind=True, max_retries=3, default_retry_delay=1)
+def execute_crawl_task(self: Task[Any, Any], /, *args: object, **kwargs: object) -> None:
+    """Fan one crawl task out to ``extraction_queue``: ``execute_crawl_task(task_id: int)``."""
+    _patiently(self.request, lambda: _crawl(self.request, args, kwargs))
+
+
+@app.task(name=ANALYSIS_TASK, bind=True, max_retries=3, default_retry_delay=1)
+def trigger_site_analysis(self: Task[Any, Any], /, *args: object, **kwargs: object) -> None:
+    """Ask the Discovery Service to analyse a site: ``trigger_site_analysis(data_source_id: int, theme_name: str)``."""
+    _patiently(self.request, lambda: _analyse(self.request, args, kwargs))
+
+
+def _crawl(request: Context, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    new = _accept(request, RunKind.CRAWL, CrawlArguments, args, kwargs)
+    if new is not None and services().fan_out.deliver(new.run_id):
+        _wake(_wake_up(new))
+
+
+def _analyse(request: Context, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    new = _accept(request, RunKind.SITE_ANALYSIS, AnalysisArguments, args, kwargs)
+    if new is None:
+        return
+    ours = services()
+    node = this_node()
+    waiting = ours.analyser.deliver(_wake_up(new), node=node.name, caps=ours.caps(node))
+    if waiting is not None:
+        _wake(waiting)
+
+
+def _accept(
+    request: Context,
+    kind: RunKind,
+    parse: Callable[..., Arguments],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> NewRun | None:
+    """Commit the run that a message asks for; return none when it ended before it began."""
+    run_id, celery_id = run_id_of(str(request.id))
+    traceparent = traceparent_of(run_id, request.get("traceparent"))
+    ledger = services().ledger
+    try:
+        arguments = _parse(parse, args, kwargs)
+    except InvalidArgumentsError as error:
+        ledger.record_ended(
+            {"id": run_id, "kind": kind, "trigger": Trigger.CELERY, "traceparent": traceparent, "celery_id": celery_id},
+            RunState.FAILED,
+            error.code,
+            str(error),
+        )
+        return None
+    not_before, expires = _moment(request.get(NOT_BEFORE)), _moment(request.get(EXPIRES))
+    new = NewRun(run_id, arguments, Trigger.CELERY, traceparent, celery_id=celery_id, not_before=not_before)
+    if expires is not None and expires <= datetime.now(UTC):
+        ledger.expire(new)
+        return None
+    ledger.accept(new, delivered=True)
+    return new
+
+
+def _wake_up(new: NewRun) -> WakeUp:
+    return WakeUp(new.run_id, new.arguments, new.traceparent)
+
+
+def _parse(parse: Callable[..., Arguments], args: tuple[object, ...], kwargs: Mapping[str, object]) -> Arguments:
+    try:
+        inspect.signature(parse).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InvalidArgumentsError(f"wrong arguments: {str(error)[:200]}") from None
+    return parse(*args, **kwargs)
+
+
+def _moment(text: object) -> datetime | None:
+    if not isinstance(text, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _wake(wake_up: WakeUp) -> None:
+    """Enqueue a continuation; when that fails the pulse will, so it is no reason to fail the delivery."""
+    try:
+        services().sender.wake([wake_up])
+    except PublishError as error:
+        _log.warning(Event.WAKE_UP_FAILED, code=error.code, error=str(error))
+
+
+def _patiently(request: Context, deliver: Callable[[], None]) -> None:
+    """Deliver, waiting for the database while it is away; every step of a delivery may be repeated.
+
+    Raises:
+        Reject: it stayed away; the message goes back to the broker.
+    """
+    run_id, _ = run_id_of(str(request.id))
+    give_up_at = monotonic() + PATIENCE
+    pause = 0.5
+    with bound(run_id=str(run_id)):
+        while True:
+            try:
+                deliver()
+            except TransientError as error:
+                _log.warning(Event.DATABASE_WAITING, code=error.code, error=str(error), delay=pause)
+                if monotonic() > give_up_at:
+                    raise Reject(str(error), requeue=True) from error
+                sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            else:
+                return

@@ -1,0 +1,179 @@
+"""How fast messages get onto a durable queue of RabbitMQ, each confirmed: our publisher and its alternatives.
+
+    python -m tests.bench.publish
+
+All ways run interleaved, five times each, on one broker: the one of ``BENCH_BROKER_URL``, else a private one.
+Compare the ratios, which hold elsewhere too; the rates are this machine's.
+"""
+
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from uuid import UUID, uuid4
+
+import amqp
+import kombu
+from kombu.utils.url import url_to_parts
+from pamqp import commands
+from pamqp.body import ContentBody
+from pamqp.frame import marshal
+from pamqp.header import ContentHeader
+from pydantic import SecretStr
+
+from orchestrator.domain import APP_ID, EXTRACTION_TYPE, ExtractionBatch, traceparent_of
+from orchestrator.queues.rabbitmq import RabbitMQPublisher
+
+ROUNDS = 5
+MANY = 50_000
+FEW = 3_000
+PER_WRITE = 500
+WINDOW = 5_000
+QUEUE = "bench.publish"
+
+
+def batch(run_id: UUID, start: int, size: int) -> ExtractionBatch:
+    sources = [(number, number) for number in range(start, start + size)]
+    return ExtractionBatch(run_id, 1, traceparent_of(run_id), sources)
+
+
+def ours(url: str, batch_size: int) -> int:
+    """Our publisher through the port, in batches of one size."""
+    publisher = RabbitMQPublisher(SecretStr(url), QUEUE)
+    run_id = uuid4()
+    for start in range(1, MANY + 1, batch_size):
+        receipt = publisher.publish(batch(run_id, start, batch_size), None)  # type: ignore[arg-type] # no ledger here
+        if receipt.error is not None:
+            raise receipt.error
+    publisher.close()
+    return MANY
+
+
+def by_hand(url: str) -> int:
+    """Frames marshalled one by one with pamqp, written by the 500; nothing is kept but a count of acks."""
+    connection = connect(url)
+    channel = connection.channel()
+    channel.confirm_select()
+    confirmed = 0
+
+    def on_ack(tag: int, multiple: bool) -> None:  # noqa: FBT001 -- py-amqp's callback
+        nonlocal confirmed
+        confirmed = tag if multiple else confirmed + 1
+
+    channel.events["basic_ack"].add(on_ack)  # type: ignore[attr-defined] # missing in the stubs
+    whole = batch(uuid4(), 1, MANY)
+    frames: list[bytes] = []
+    sent = 0
+    for _, message_id, body in whole.messages():
+        frames.append(frames_of(str(message_id), body, whole.traceparent))
+        if len(frames) == PER_WRITE:
+            connection.transport.write(b"".join(frames))
+            sent += len(frames)
+            frames.clear()
+            while sent - confirmed > WINDOW - PER_WRITE:
+                connection.drain_events(timeout=10)
+    while confirmed < sent:
+        connection.drain_events(timeout=10)
+    connection.close()
+    return MANY
+
+
+def frames_of(message_id: str, body: bytes, traceparent: str) -> bytes:
+    properties = commands.Basic.Properties(
+        content_type="application/json",
+        delivery_mode=2,
+        message_type=EXTRACTION_TYPE,
+        app_id=APP_ID,
+        headers={"traceparent": traceparent},
+        message_id=message_id,
+    )
+    publish = commands.Basic.Publish(exchange="", routing_key=QUEUE, mandatory=True)
+    header = ContentHeader(body_size=len(body), properties=properties)
+    return b"".join((marshal(publish, 1), marshal(header, 1), marshal(ContentBody(body), 1)))
+
+
+def seed(url: str) -> int:
+    """The seed's way: a kombu producer that awaits one confirm a message."""
+    whole = batch(uuid4(), 1, FEW)
+    with kombu.Connection(url, transport_options={"confirm_publish": True}) as connection:
+        producer = connection.Producer()
+        for _, message_id, body in whole.messages():
+            producer.publish(
+                body,
+                routing_key=QUEUE,
+                mandatory=True,
+                content_type="application/json",
+                content_encoding="utf-8",
+                delivery_mode=2,
+                message_id=str(message_id),
+                type=EXTRACTION_TYPE,
+                app_id=APP_ID,
+                headers={"traceparent": whole.traceparent},
+            )
+    return FEW
+
+
+def connect(url: str) -> amqp.Connection:
+    parts = url_to_parts(url)
+    connection = amqp.Connection(
+        f"{parts.hostname}:{parts.port or 5672}",
+        parts.username or "guest",
+        parts.password or "guest",
+        login_method="PLAIN",
+        virtual_host=parts.path or "/",
+    )
+    connection.connect()
+    return connection
+
+
+@contextmanager
+def broker() -> Iterator[str]:
+    if url := os.environ.get("BENCH_BROKER_URL"):
+        yield url
+        return
+    from tests.support.rabbitmq import RabbitMQServer  # noqa: PLC0415 -- only where no broker is given
+
+    with RabbitMQServer() as server:
+        yield server.url
+
+
+def measure(url: str, way: Callable[[str], int]) -> float:
+    with connect(url) as connection:
+        channel = connection.channel()
+        channel.queue_declare(QUEUE, durable=True, auto_delete=False)
+        channel.queue_purge(QUEUE)
+    started = perf_counter()
+    count = way(url)
+    rate = count / (perf_counter() - started)
+    with connect(url) as connection:
+        _, arrived, _ = connection.channel().queue_declare(QUEUE, passive=True) or (None, None, None)
+    if arrived != count:
+        raise AssertionError(f"{arrived} messages arrived, {count} were sent")
+    return rate
+
+
+def main() -> None:
+    ways: dict[str, Callable[[str], int]] = {
+        "a  ours, batches of 10,000": lambda url: ours(url, 10_000),
+        "a' ours, batches of 1,000": lambda url: ours(url, 1_000),
+        "b  frames by hand (pamqp each)": by_hand,
+        "c  seed (kombu, a confirm each)": seed,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    with broker() as url:
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                rates[name].append(measure(url, way))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    a, small, b, c = medians.values()
+    for name, values in rates.items():
+        sys.stdout.write(f"{name:34}{medians[name]:10,.0f}/s   ({min(values):,.0f} to {max(values):,.0f})\n")
+    sys.stdout.write(
+        f"a/b {a / b:.2f}   a'/b {small / b:.2f}   (target 0.75)   a/c {a / c:.1f}   a'/c {small / c:.1f}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Child processes for tests: output in a file, readiness awaited, always reaped, never left behind.
+
+A process ends with its group when the test closes it, when the interpreter exits, and, through a guard that
+reads from a pipe of ours until the kernel closes it, even when the test session itself is killed.
+"""
+
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Final, Self, TypeVar
+
+Answer = TypeVar("Answer")
+
+_POLL: Final = 0.02
+_GUARD: Final = """
+import os, signal, sys
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+def eventually(predicate: Callable[[], Answer], *, within: float, what: str) -> Answer:
+    """Return the predicate's first true answer.
+
+    Raises:
+        AssertionError: there is none in time; the message says what was awaited.
+    """
+    deadline = time.monotonic() + within
+    while not (answer := predicate()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within} s: {what}")
+        time.sleep(_POLL)
+    return answer
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def guard_group(group: int) -> None:
+    """Have a process group killed should this process die."""
+    _tell_guard(f"+{group}")
+
+
+def release_group(group: int) -> None:
+    """Forget a process group: it has ended, and its number may be given to others."""
+    _tell_guard(f"-{group}")
+
+
+def process_exists(pid: int) -> bool:
+    """Tell whether a process exists and is not merely waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the ids of a process's living children."""
+    children = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((directory / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                children.append(int(directory.name))
+    return children
+
+
+class Process:
+    """A child in a process group of its own; standard output and error go to one file."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        output: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self.output = output
+        self.name = Path(command[0]).name
+        with output.open("ab") as sink:
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=env, cwd=cwd, process_group=0
+            )
+        guard_group(self.pid)
+        atexit.register(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The process id, and the id of its group."""
+        return self._child.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._child.poll() is None
+
+    def text(self) -> str:
+        """Return what it has written so far."""
+        return self.output.read_text(errors="replace")
+
+    def await_ready(self, predicate: Callable[[], Answer], *, within: float, what: str) -> Answer:
+        """Return the predicate's first true answer.
+
+        Raises:
+            AssertionError: there is none in time, or the process has ended; the message has its last output.
+        """
+
+        def answer_unless_ended() -> Answer | None:
+            if answer := predicate():
+                return answer
+            if not self.running:
+                raise AssertionError(f"{self.name} ended with {self._child.returncode} before: {what}")
+            return None
+
+        try:
+            answer = eventually(answer_unless_ended, within=within, what=what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self._tail()}") from None
+        assert answer is not None
+        return answer
+
+    def await_line(self, text: str, *, within: float) -> None:
+        """Wait until its output contains a text."""
+        self.await_ready(lambda: text in self.text(), within=within, what=f"{self.name} writes {text!r}")
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone."""
+        self._child.send_signal(number)
+
+    def wait(self, *, within: float) -> int:
+        """Return its exit code when it has ended.
+
+        Raises:
+            AssertionError: it goes on.
+        """
+        try:
+            return self._child.wait(within)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not within {within} s: {self.name} ends\n{self._tail()}") from None
+
+    def terminate(self, *, within: float = 10) -> int:
+        """Ask it to end and return its exit code."""
+        self.send(signal.SIGTERM)
+        return self.wait(within=within)
+
+    def kill(self) -> None:
+        """Kill -9 the process alone and reap it; its children stay."""
+        self._child.kill()
+        self._child.wait()
+
+    def close(self) -> None:
+        """Kill -9 what is left of the whole group and reap the process."""
+        atexit.unregister(self.close)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._child.wait()
+        release_group(self.pid)
+
+    def _tail(self) -> str:
+        return "\n".join(self.text().splitlines()[-20:])
+
+
+@cache
+def _guard() -> subprocess.Popen[str]:
+    # A session of its own, so that Ctrl-C in the terminal does not end the guard with the guarded.
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def _tell_guard(line: str) -> None:
+    pipe = _guard().stdin
+    assert pipe is not None
+    print(line, file=pipe, flush=True)
