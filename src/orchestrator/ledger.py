@@ -700,7 +700,7 @@ def _illegal(run: Row[Any], action: str) -> IllegalTransitionError:
     )
 
 
-def _materialization(run_id: UUID, plan: Plan) -> Select[Any]:
+def _materialization(run_id: UUID, plan: Plan) -> Select[int, int, bool, int, list[object] | None]:
     rows = plan.rows.cte("plan")
     missing = rows.c.crawl_config_id.is_(None)
     inserted = (

@@ -144,7 +144,7 @@ class Consumer(CeleryConsumer):
             _log.warning(Event.WAKE_UP_FAILED, code=error.code, error=str(error))
             message.requeue()
             return
-        message.ack_log_error(_log, app.connection_for_read().connection_errors)
+        message.ack_log_error(_log, self.connection_errors)  # type: ignore[attr-defined] # celery-types omits it
         task = str(message.headers.get("task", ""))[:200]
         _log.error(
             Event.MESSAGE_DEAD_LETTERED, reason=reason, task=task, message_id=message.properties.get("message_id")

@@ -65,9 +65,8 @@ def test_bodies_that_do_not_fit_one_frame_are_refused(size: int) -> None:
 def test_confirms_are_counted_as_a_naive_reader_would(
     first: int, size: int, answers: list[tuple[int, bool, bytes]], returned: set[int]
 ) -> None:
-    messages = [(b"%d" % position, b"") for position in range(size)]
-    fate = _Fate(first, size)
-    fate.sent = size
+    fate = _Fate(first)
+    fate.expect(size)
     for position in returned:
         fate.give_back(str(position))
     marks: dict[int, bytes] = {}
@@ -77,7 +76,7 @@ def test_confirms_are_counted_as_a_naive_reader_would(
             if position == offset or (multiple and position < offset):
                 marks.setdefault(position, mark)
     acked = [marks.get(position) == b"\1" and position not in returned for position in range(size)]
-    assert list(fate.confirmed(messages)) == acked
+    assert list(fate.confirmed(b"%d" % position for position in range(size))) == acked
     assert fate.unconfirmed == size - len(marks)
 
 
