@@ -34,6 +34,7 @@ class SiteAnalyser:
         policy: when to call again.
         timeout: seconds one call may take.
         slice_seconds: how long a delivery goes on with runs that were waiting for a free call.
+        stopping: whether this process is about to stop; a delivery then ends after its call.
         clock: monotonic seconds.
     """
 
@@ -45,6 +46,7 @@ class SiteAnalyser:
         *,
         timeout: float,
         slice_seconds: float,
+        stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._ledger = ledger
@@ -52,6 +54,7 @@ class SiteAnalyser:
         self._policy = policy
         self._lease = timeout + LEASE_MARGIN
         self._slice_seconds = slice_seconds
+        self._stopping = stopping
         self._clock = clock
 
     def deliver(self, wake_up: WakeUp, *, node: str, caps: Caps) -> WakeUp | None:
@@ -65,7 +68,7 @@ class SiteAnalyser:
         """
         deadline = self._clock() + self._slice_seconds
         turn: WakeUp | None = wake_up
-        while turn is not None and self._clock() < deadline:
+        while turn is not None and self._clock() < deadline and (turn is wake_up or not self._stopping()):
             with bound(run_id=str(turn.run_id)):
                 attempt = self._ledger.begin_attempt(
                     turn.run_id,

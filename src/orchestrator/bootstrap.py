@@ -3,6 +3,7 @@
 One set of services a process, made on first use. A forked child makes its own: sockets are not shared.
 """
 
+import mmap
 import os
 import threading
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def services() -> Services:
             publisher,
             batch_size=settings.dispatch.batch_size,
             slice_seconds=settings.dispatch.slice_seconds,
+            stopping=stopping,
         ),
         analyser=SiteAnalyser(
             ledger,
@@ -95,6 +97,7 @@ def services() -> Services:
             RetryPolicy(settings.discovery_max_retries, settings.discovery_retry_delay, settings.discovery_max_delay),
             timeout=settings.discovery_timeout,
             slice_seconds=settings.dispatch.slice_seconds,
+            stopping=stopping,
         ),
     )
 
@@ -104,6 +107,20 @@ def _publisher(settings: Settings, database: Database) -> Publisher:
         return PostgresPublisher(settings.extraction_queue, database.transaction)
     url = settings.extraction_url or settings.broker_url
     return PerThread(lambda: RabbitMQPublisher(url, settings.extraction_queue))
+
+
+# One byte of memory shared with the children of a prefork pool, whom no signal tells of a warm shutdown.
+_stop_flag: Final = mmap.mmap(-1, 1)
+
+
+def stop_soon() -> None:
+    """Have deliveries under way in this process and its children end at the next opportunity."""
+    _stop_flag[0] = 1
+
+
+def stopping() -> bool:
+    """Tell whether :func:`stop_soon` was called."""
+    return bool(_stop_flag[0])
 
 
 # The parent's services are kept alive, never used: their destructors would shut sockets that it still uses.

@@ -11,6 +11,7 @@ from typing import Final
 
 import psycopg
 from sqlalchemy import (
+    ARRAY,
     CTE,
     BigInteger,
     ColumnElement,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     TableClause,
+    Text,
     case,
     cast,
     column,
@@ -29,7 +31,7 @@ from sqlalchemy import (
     table,
     true,
 )
-from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by
+from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by, distinct_on
 from sqlalchemy.exc import DBAPIError
 
 from orchestrator.domain import MAX_BIGINT
@@ -37,6 +39,7 @@ from orchestrator.errors import CatalogMismatchError, CrawlTaskNotFoundError, In
 from orchestrator.settings import CatalogSettings
 
 _EXAMPLES: Final = 3
+_SHOWN: Final = 50  # characters of an example
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,13 @@ class Plan:
             distinct data source in ascending order; no row at all when any element is bad.
         found: whether the crawl task exists.
         bad: how many elements are no positive integers.
-        examples: the first few of them, as a JSON array.
+        examples: the first few of them as JSON text, shortened.
     """
 
     rows: Select[tuple[int, int | None]]
     found: ScalarSelect[bool]
     bad: ScalarSelect[int]
-    examples: ScalarSelect[list[object] | None]
+    examples: ScalarSelect[list[str] | None]
 
 
 class Catalog:
@@ -74,7 +77,7 @@ class Catalog:
             select(cast(cast(elements.c.value, Numeric), BigInteger).label("id"))
             .distinct()
             .where(elements.c.good, bad == 0)
-            .cte("sources")
+            .cte(_part("sources"))
             .prefix_with("MATERIALIZED")
         )
         latest = self._latest(sources)
@@ -84,9 +87,10 @@ class Catalog:
             .order_by(sources.c.id)
         )
         examples = (
-            select(func.jsonb_agg(aggregate_order_by(column("value"), column("position"))))
+            select(func.array_agg(aggregate_order_by(column("value"), column("position")), type_=ARRAY(Text)))
             .select_from(
-                select(elements.c.value, elements.c.position)
+                # As text, and cut here: a number of JSON may have more digits than Python agrees to read.
+                select(func.left(cast(elements.c.value, Text), _SHOWN).label("value"), elements.c.position)
                 .where(is_bad)
                 .order_by(elements.c.position)
                 .limit(_EXAMPLES)
@@ -116,11 +120,16 @@ class Catalog:
         tasks = _table(names.schema_name, names.table, names.id, names.data_source_ids)
         # jsonb for both forms: an integer array and a JSON array become the same thing here.
         ids = func.to_jsonb(tasks.c[names.data_source_ids], type_=JSONB)
-        return select(ids.label("ids")).where(tasks.c[names.id] == task_id).cte("task").prefix_with("MATERIALIZED")
+        return (
+            select(ids.label("ids"), func.jsonb_typeof(ids).label("kind"))
+            .where(tasks.c[names.id] == task_id)
+            .cte(_part("task"))
+            .prefix_with("MATERIALIZED")
+        )
 
     @staticmethod
     def _elements(task: CTE) -> CTE:
-        kind = func.jsonb_typeof(task.c.ids)
+        kind = task.c.kind
         # Anything but an array (an object, a number, a text) is one bad element; JSON null is an empty list.
         array = case(
             (kind == "array", task.c.ids),
@@ -135,6 +144,7 @@ class Catalog:
         number = cast(element.c.value, Numeric)
         # CASE, not AND: only its order of evaluation is guaranteed, and the cast fails on what is no number.
         good = case(
+            (kind != "array", literal(value=False)),
             (func.jsonb_typeof(element.c.value) != "number", literal(value=False)),
             else_=(number == func.trunc(number)) & number.between(1, MAX_BIGINT),
         )
@@ -142,7 +152,7 @@ class Catalog:
             select(element.c.value, element.c.position, good.label("good"))
             .select_from(task.join(element, true()))
             .where(func.jsonb_typeof(element.c.value) != "null")
-            .cte("elements")
+            .cte(_part("elements"))
             .prefix_with("MATERIALIZED")
         )
 
@@ -151,7 +161,10 @@ class Catalog:
         configs = _table(names.schema_name, names.table, names.id, names.data_source_id, names.status, names.created_at)
         source = configs.c[names.data_source_id]
         active: ColumnElement[bool] = (
-            literal_column(f"({names.active})") if names.active else configs.c[names.status] == "active"
+            # A literal of no type yet, not a parameter: the column may be an enumeration as well as text.
+            literal_column(f"({names.active})")
+            if names.active
+            else configs.c[names.status] == literal_column("'active'")
         )
         order: list[ColumnElement[object]] = (
             [literal_column(names.latest)]
@@ -161,14 +174,14 @@ class Catalog:
         # Semi-join: crawl_configs stays the only table whose columns the settings' SQL can mean.
         return (
             select(source.label("data_source_id"), configs.c[names.id].label("crawl_config_id"))
-            .distinct(source)
+            .ext(distinct_on(source))
             .where(source.in_(select(sources.c.id)), active)
             .order_by(source, *order)
-            .cte("latest")
+            .cte(_part("latest"))
         )
 
 
-def refuse_unplannable(task_id: int, found: bool, bad: int, examples: list[object] | None) -> None:  # noqa: FBT001 -- a row of the verdict, as PostgreSQL gives it
+def refuse_unplannable(task_id: int, found: bool, bad: int, examples: list[str] | None) -> None:  # noqa: FBT001 -- a row of the verdict, as PostgreSQL gives it
     """Raise what a plan's verdict calls for, if anything.
 
     Raises:
@@ -178,7 +191,7 @@ def refuse_unplannable(task_id: int, found: bool, bad: int, examples: list[objec
     if not found:
         raise CrawlTaskNotFoundError(f"there is no crawl task {task_id}")
     if bad:
-        shown = ", ".join(repr(example)[:50] for example in examples or [])
+        shown = ", ".join(examples or [])
         raise InvalidDataSourceIdsError(
             f"crawl task {task_id}: data_source_ids must hold positive integers only;"
             f" {bad} element{'s are' if bad > 1 else ' is'} not, for instance {shown}"
@@ -202,6 +215,11 @@ def mismatch_explained() -> Iterator[None]:
                 f"the application's tables do not fit the settings: {complaint}; `orchestrator doctor` says how to map"
             ) from error
         raise
+
+
+def _part(name: str) -> str:
+    """Name a part of a statement as no table of an application is called, for the part would hide it."""
+    return f"orchestrator_{name}"
 
 
 def _table(schema: str | None, name: str, *columns: str) -> TableClause:

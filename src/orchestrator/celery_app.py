@@ -121,7 +121,7 @@ def _transport(settings: Settings) -> dict[str, Any]:
             "beat_enable_remote_control": True,
         }
     return {
-        "broker_url": "pgmq://",
+        "broker_url": "pgmq://database",  # a name for the logs; conn_string is what counts
         "broker_transport_options": {
             "conn_string": conninfo(settings),
             "init_extension": False,  # `orchestrator migrate` installs the SQL
@@ -230,7 +230,8 @@ class Sender:
             args=astuple(wake_up.arguments),
             task_id=str(wake_up.run_id),
             producer=producer,
-            exchange=_exchange.name,
+            # The default exchange: pgmq 1.1.4's send_topic lacks the form with headers and without a delay.
+            exchange="",
             routing_key=CRAWL_QUEUE if crawl else ANALYSIS_QUEUE,
             headers={"traceparent": wake_up.traceparent},
             mandatory=True,

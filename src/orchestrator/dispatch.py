@@ -30,6 +30,7 @@ class FanOut:
         publisher: where messages go.
         batch_size: messages a transaction.
         slice_seconds: how long a delivery works before it hands over to its continuation.
+        stopping: whether this process is about to stop; a slice then ends after its batch.
         clock: monotonic seconds.
     """
 
@@ -41,6 +42,7 @@ class FanOut:
         *,
         batch_size: int,
         slice_seconds: float,
+        stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._ledger = ledger
@@ -48,6 +50,7 @@ class FanOut:
         self._publisher = publisher
         self._batch_size = batch_size
         self._slice_seconds = slice_seconds
+        self._stopping = stopping
         self._clock = clock
 
     def deliver(self, run_id: UUID) -> bool:
@@ -95,9 +98,9 @@ class FanOut:
         _log.warning(Event.DISPATCH_SKIPPED_SUMMARY, task_id=run.task_id, skipped=skipped, shown=len(shown))
 
     def _publish_until(self, deadline: float, run: CrawlRun) -> bool:
-        """Publish batches until the deadline; return whether rows may be left for us to take."""
+        """Publish batches until the slice ends; return whether rows may be left for us to take."""
         after = _FROM_THE_START
-        while self._clock() < deadline:
+        while self._clock() < deadline and not self._stopping():
             batch = self._publish_batch(run, after)
             if batch is not None:
                 after, state = batch

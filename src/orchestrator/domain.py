@@ -14,7 +14,7 @@ from uuid import UUID, uuid5
 from orchestrator.errors import InvalidArgumentsError
 
 EXTRACTION_TYPE: Final = "extraction.requested"
-APP_ID: Final = "task-orchestrator"
+APP_ID: Final = "orchestrator"
 MAX_BIGINT: Final = 2**63 - 1
 MAX_THEME_LENGTH: Final = 255
 

@@ -79,6 +79,8 @@ LEASE_MARGIN: Final = 5.0
 
 _log = logger(__name__)
 _clock: Final = func.clock_timestamp()
+# For searches: an index can be asked for what is stable within a statement, not for what changes from row to row.
+_now: Final = func.statement_timestamp()
 
 
 _SECOND: Final[ColumnElement[Any]] = literal_column("interval '1 second'")
@@ -173,7 +175,8 @@ class Ledger:
             connection.execute(
                 update(runs)
                 .where(runs.c.id.in_(run_ids), runs.c.state == RunState.QUEUED, runs.c.enqueued_at.is_(None))
-                .values(enqueued_at=_clock, wake_at=_in(SILENCE))
+                # Never before the caller's ETA; GREATEST passes over NULL.
+                .values(enqueued_at=_clock, wake_at=func.greatest(_in(SILENCE), runs.c.next_attempt_at))
             )
 
     # --- Crawl runs ----------------------------------------------------------------------------------------
@@ -414,7 +417,7 @@ class Ledger:
             message = f"canceled by {actor}" + (f": {reason}" if reason else "")
             run = _end(connection, run_id, RunState.CANCELED, "canceled", message, wake_at=_clock)
             if run is None:
-                raise _illegal(before, "cancel")
+                raise _illegal(before, "canceled")
             skipped = _skip_pending(connection, run_id)
             _audit(connection, actor, "cancel", before, RunState.CANCELED, reason)
         _log.info(Event.RUN_CANCELED, run_id=str(run_id), actor=actor, skipped=skipped)
@@ -450,7 +453,7 @@ class Ledger:
                 postponements=0,
             )
             if run is None:
-                raise _illegal(before, "retry")
+                raise _illegal(before, "retried")
             _audit(connection, actor, "retry", before, RunState.QUEUED, reason)
         _log.info(Event.RUN_REVIVED, run_id=str(run_id), actor=actor)
         return WakeUp(run_id, arguments, before.traceparent)
@@ -471,7 +474,7 @@ class Ledger:
                 return None
             due = connection.execute(
                 select(runs)
-                .where(runs.c.wake_at <= _clock)
+                .where(runs.c.wake_at <= _now)
                 .order_by(runs.c.wake_at)
                 .limit(limit)
                 .with_for_update(skip_locked=True)
@@ -608,14 +611,16 @@ def _workable(kind: RunKind) -> ColumnElement[bool]:
 
 
 def _begin(connection: Connection, run_id: UUID, kind: RunKind, *, wake_in: float, **values: object) -> Row[Any] | None:
-    """Make a run running if it may work now (again); count a stall if nothing moved since the last delivery."""
+    """Make a run running if it may work now (again); count a stall if nothing moved since the last one."""
+    # Many deliveries within moments are a storm, not a run that kills its workers: they count once.
+    stalled = func.greatest(runs.c.progress_at, runs.c.stalled_at) < _in(-5)
     moved = {
         "started_at": func.coalesce(runs.c.started_at, _clock),
         "next_attempt_at": None,
         "wake_at": _in(wake_in),
         "wakes": 0,
-        # Many deliveries within moments are a storm, not a run that kills its workers.
-        "stalls": case((runs.c.progress_at < _in(-5), runs.c.stalls + 1), else_=runs.c.stalls),
+        "stalls": case((stalled, runs.c.stalls + 1), else_=runs.c.stalls),
+        "stalled_at": case((stalled, _clock), else_=runs.c.stalled_at),
         **values,
     }
     run = _transition(connection, run_id, RunState.RUNNING, None, None, _workable(kind), **moved)
@@ -693,14 +698,14 @@ def _audit(
     )
 
 
-def _illegal(run: Row[Any], action: str) -> IllegalTransitionError:
+def _illegal(run: Row[Any], wanted: str) -> IllegalTransitionError:
     allowed = {RunState.FAILED: "retry", RunState.SUCCEEDED: "run again", RunState.CANCELED: "run again"}
     return IllegalTransitionError(
-        f"run {run.id} is {run.state}: it cannot be {action}ed; allowed: {allowed.get(RunState(run.state), 'cancel')}"
+        f"run {run.id} is {run.state}: it cannot be {wanted}; allowed: {allowed.get(RunState(run.state), 'cancel')}"
     )
 
 
-def _materialization(run_id: UUID, plan: Plan) -> Select[int, int, bool, int, list[object] | None]:
+def _materialization(run_id: UUID, plan: Plan) -> Select[int, int, bool, int, list[str] | None]:
     rows = plan.rows.cte("plan")
     missing = rows.c.crawl_config_id.is_(None)
     inserted = (
@@ -796,7 +801,7 @@ def _exhaust(connection: Connection, run: Row[Any]) -> None:
 def _slot_free(connection: Connection, node: str, cap: int, node_cap: int) -> bool:
     under_way = connection.execute(
         select(func.count().label("everywhere"), func.count().filter(attempts.c.node == node).label("here")).where(
-            attempts.c.finished_at.is_(None), attempts.c.lease_until > _clock
+            attempts.c.finished_at.is_(None), attempts.c.lease_until > _now
         )
     ).one()
     return bool(under_way.everywhere < cap and under_way.here < node_cap)

@@ -75,6 +75,7 @@ runs: Final = Table(
     _moment("started_at"),
     _moment("materialized_at"),
     _moment("progress_at", required=True),
+    _moment("stalled_at"),
     _moment("next_attempt_at"),
     _moment("wake_at"),
     _moment("finished_at"),

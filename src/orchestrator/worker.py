@@ -48,6 +48,11 @@ def _prepare(sender: Any, **_: object) -> None:
     _node = Node(sender.hostname, "worker", tuple(app.amqp.queues.consume_from), sender.concurrency)
 
 
+@signals.worker_shutting_down.connect
+def _end_slices(**_: object) -> None:
+    bootstrap.stop_soon()
+
+
 @signals.worker_shutdown.connect
 def _leave(**_: object) -> None:
     bootstrap.home.close()

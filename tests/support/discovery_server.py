@@ -146,9 +146,9 @@ class DiscoveryServer:
     def __init__(self, *script: Behaviour, tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[Request] = []
         self.client_left = threading.Event()
-        self._script = itertools.chain(script, itertools.repeat(script[-1]))
         self._tls = tls
         self._lock = threading.Lock()
+        self.play(*script)
         self._sockets: list[socket.socket] = []
         self._listener = _Listener(("127.0.0.1", 0), self._serve)
         self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.01,), daemon=True)
@@ -167,6 +167,12 @@ class DiscoveryServer:
     def connections(self) -> int:
         """How many TCP connections carried a request."""
         return len({request.connection for request in self.requests})
+
+    def play(self, *script: Behaviour) -> None:
+        """Begin another script, and forget the requests of the one before."""
+        with self._lock:
+            self.requests.clear()
+            self._script = itertools.chain(script, itertools.repeat(script[-1]))
 
     def __enter__(self) -> Self:
         self._thread.start()

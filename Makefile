@@ -1,0 +1,58 @@
+# Every target prepares what it needs (scripts/bootstrap.sh), so a fresh clone can start anywhere.
+
+# Options for the command behind a target: make test ARGS='tests/unit -k retry'
+ARGS =
+# How often `make faults` repeats each fault.
+ROUNDS = 20
+
+BIN = .venv/bin
+UV = $(BIN)/uv
+
+.DEFAULT_GOAL = help
+.PHONY: help setup venv services demo test check bench faults lock migration clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: venv services ## prepare everything now: .venv, RabbitMQ, openssl
+
+venv:
+	@scripts/bootstrap.sh venv
+
+services:
+	@scripts/bootstrap.sh services
+
+demo: venv ## the whole story on sample data; nothing to install or configure
+	@$(BIN)/orchestrator demo $(ARGS)
+
+test: venv services ## all tests, on real servers
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: venv ## format, lint, types, layers, and the environment against pyproject.toml
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(UV) pip check --python $(BIN)/python
+
+bench: venv services ## measure: every script of tests/bench, one after the other
+	@for script in tests/bench/[a-z]*.py; do \
+	    echo "== $$script"; \
+	    $(BIN)/python -m "$$(echo "$${script%.py}" | tr / .)" || exit; \
+	done
+
+faults: venv services ## the fault tests, ROUNDS times each
+	@FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults --timeout=0 $(ARGS)
+
+lock: venv ## resolve requirements.lock anew from pyproject.toml (ARGS=--upgrade: newest versions)
+	$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --generate-hashes \
+	    --no-emit-index-url --custom-compile-command 'make lock' --quiet --output-file requirements.lock $(ARGS)
+
+migration: venv ## write the next migration from the difference to schema.py: make migration NAME=pauses
+	@$(BIN)/python -m scripts.new_migration $(NAME)
+	@$(BIN)/ruff check --quiet --fix src/orchestrator/migrations/versions
+	@$(BIN)/ruff format --quiet src/orchestrator/migrations/versions
+
+clean: ## remove everything that was made here
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1286 @@
+"""The ledger's promises, one by one: legal transitions, counts that add up, shared batches, wake-ups, attempts."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from sqlalchemy import Connection
+
+from orchestrator.discovery import Answer, AnswerCode
+from orchestrator.domain import (
+    TRANSITIONS,
+    UNFINISHED,
+    AnalysisArguments,
+    AttemptOutcome,
+    CrawlArguments,
+    ExtractionBatch,
+    NewRun,
+    Node,
+    RunKind,
+    RunState,
+    Trigger,
+    message_id,
+    traceparent_of,
+)
+from orchestrator.errors import (
+    BrokerBlockedError,
+    BrokerUnreachableError,
+    CrawlTaskNotFoundError,
+    IllegalTransitionError,
+    InvalidArgumentsError,
+    RunNotFoundError,
+)
+from orchestrator.ledger import LONGEST_SILENCE, MAX_STALLS, SILENCE
+from orchestrator.queues import Publisher, Receipt
+from tests.support.ledgers import LEASE, NODE, Workbench, sources_of, template
+from tests.support.postgres import PostgresServer
+from tests.support.processes import eventually
+
+pytestmark = pytest.mark.timeout(120)
+
+DOWN: Final = BrokerUnreachableError("nobody listens")
+FATAL: Final = CrawlTaskNotFoundError("there is no crawl task 1")
+GOOD: Final = Answer(AttemptOutcome.SUCCEEDED, 202, AnswerCode.OK, "accepted", None, 0.1)
+BUSY: Final = Answer(AttemptOutcome.RETRYABLE, 503, AnswerCode.UNAVAILABLE, "the service answered 503", 90.0, 0.2)
+NO: Final = Answer(AttemptOutcome.REFUSED, 404, AnswerCode.REFUSED, "the service answered 404", None, 0.2)
+
+
+@pytest.fixture(scope="module")
+def empty(postgres_server: PostgresServer) -> Iterator[str]:
+    with template(postgres_server) as name:
+        yield name
+
+
+@pytest.fixture
+def bench(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
+    with Workbench.copy_of(postgres_server, empty) as workbench:
+        yield workbench
+
+
+class Fake:
+    """A publisher that confirms what a test wants it to."""
+
+    def __init__(self, publish: Callable[[ExtractionBatch], Receipt] | None = None) -> None:
+        self._publish = publish or (lambda batch: Receipt([source for source, _ in batch.sources]))
+        self.batches: list[ExtractionBatch] = []
+
+    def publish(self, batch: ExtractionBatch, transaction: Connection) -> Receipt:  # noqa: ARG002 -- the port
+        self.batches.append(batch)
+        return self._publish(batch)
+
+    def check(self) -> str:
+        return "nowhere"
+
+    def close(self) -> None:
+        pass
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Make calls at the same time, each in a thread of its own; return what they return."""
+    start = threading.Barrier(len(calls))
+
+    def call(each: Callable[[], Any]) -> Any:  # noqa: ANN401 -- whatever it returns
+        start.wait(10)
+        return each()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(call, calls))
+
+
+# --- Transitions -------------------------------------------------------------------------------------------
+
+
+def crawl_in(bench: Workbench, state: RunState) -> UUID:
+    """Make a crawl run with nothing left to publish that is in a state."""
+    if state is RunState.QUEUED:
+        return bench.accept()
+    run_id = bench.planned(0, skipped=1)
+    match state:
+        case RunState.RETRYING:
+            bench.ledger.postpone_crawl(run_id, DOWN)
+            bench.rewind(run_id, 2)
+        case RunState.SUCCEEDED:
+            assert bench.ledger.complete_crawl(run_id)
+        case RunState.FAILED:
+            bench.ledger.fail(run_id, FATAL)
+        case RunState.CANCELED:
+            bench.ledger.cancel(run_id, actor="tester")
+    assert bench.state(run_id) == state
+    return run_id
+
+
+def analysis_in(bench: Workbench, state: RunState) -> UUID:
+    """Make a site analysis that is in a state, and whose time to be worked on has come."""
+    run_id = bench.accept_analysis()
+    if state is RunState.QUEUED:
+        return run_id
+    if state is RunState.CANCELED:
+        bench.ledger.cancel(run_id, actor="tester")
+        return run_id
+    attempt = bench.begin_attempt(run_id)
+    assert attempt is not None
+    match state:
+        case RunState.RETRYING:
+            bench.ledger.finish_attempt(attempt, BUSY, 1)
+        case RunState.SUCCEEDED:
+            bench.ledger.finish_attempt(attempt, GOOD, None)
+        case RunState.FAILED:
+            bench.ledger.finish_attempt(attempt, NO, None)
+    bench.rewind(run_id, LEASE + 1)
+    assert bench.state(run_id) == state
+    return run_id
+
+
+Action = Callable[[Workbench, UUID], object]
+ACTIONS: Final[dict[str, tuple[RunState, Action]]] = {
+    "begin": (RunState.RUNNING, lambda bench, run: bench.ledger.begin_crawl(run)),
+    "postpone": (RunState.RETRYING, lambda bench, run: bench.ledger.postpone_crawl(run, DOWN)),
+    "complete": (RunState.SUCCEEDED, lambda bench, run: bench.ledger.complete_crawl(run)),
+    "fail": (RunState.FAILED, lambda bench, run: bench.ledger.fail(run, FATAL)),
+    "cancel": (RunState.CANCELED, lambda bench, run: bench.ledger.cancel(run, actor="tester")),
+    "revive": (RunState.QUEUED, lambda bench, run: bench.ledger.revive(run, actor="tester")),
+}
+RAISES: Final = {"cancel", "revive"}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("state", RunState)
+def test_an_action_leads_along_the_edges_of_the_table_and_no_others(
+    bench: Workbench, state: RunState, action: str
+) -> None:
+    run_id = crawl_in(bench, state)
+    before = bench.run(run_id)
+    target, act = ACTIONS[action]
+    legal = target in TRANSITIONS[state]
+
+    if legal or action not in RAISES:
+        act(bench, run_id)
+    else:
+        with pytest.raises(IllegalTransitionError, match=rf"is {state}: it cannot be (canceled|retried); allowed: "):
+            act(bench, run_id)
+
+    after = bench.run(run_id)
+    if legal:
+        assert after["state"] == target
+        assert bench.events(run_id)[-1]["state"] == target
+    elif (state, action) == (RunState.RUNNING, "begin"):
+        # No transition: another delivery takes part, and its beginning is a sign of life.
+        assert after["state"] == RunState.RUNNING
+        assert after["wake_at"] > before["wake_at"]
+    else:
+        assert after == before
+    bench.assert_adds_up(run_id)
+
+
+@pytest.mark.parametrize("state", RunState)
+def test_a_call_begins_from_every_state_that_leads_to_running(bench: Workbench, state: RunState) -> None:
+    run_id = analysis_in(bench, state)
+    before = bench.run(run_id)
+
+    attempt = bench.begin_attempt(run_id)
+
+    assert (attempt is not None) is (state in UNFINISHED)
+    assert bench.run(run_id) == before or bench.state(run_id) == RunState.RUNNING
+
+
+@pytest.mark.parametrize("state", [RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELED])
+@pytest.mark.parametrize("answer", [GOOD, BUSY, NO], ids=lambda answer: answer.outcome)
+def test_an_answer_never_moves_a_run_that_is_over(bench: Workbench, state: RunState, answer: Answer) -> None:
+    run_id = bench.accept_analysis()
+    attempt = bench.begin_attempt(run_id)
+    assert attempt is not None
+    match state:
+        case RunState.CANCELED:
+            bench.ledger.cancel(run_id, actor="tester")
+        case RunState.FAILED:
+            bench.ledger.finish_attempt(attempt, NO, None)
+        case RunState.SUCCEEDED:
+            bench.ledger.finish_attempt(attempt, GOOD, None)
+    before = bench.run(run_id)
+
+    bench.ledger.finish_attempt(attempt, answer, 60 if answer is BUSY else None)
+
+    assert bench.run(run_id) == before
+
+
+def test_an_unknown_run_is_named_or_left_alone(bench: Workbench) -> None:
+    unknown = uuid4()
+    for action in ("cancel", "revive"):
+        with pytest.raises(RunNotFoundError, match=str(unknown)):
+            ACTIONS[action][1](bench, unknown)
+    with pytest.raises(RunNotFoundError):
+        bench.materialize(unknown)
+    assert bench.ledger.begin_crawl(unknown) is None
+    assert bench.begin_attempt(unknown) is None
+    assert not bench.ledger.complete_crawl(unknown)
+    bench.ledger.postpone_crawl(unknown, DOWN)
+    bench.ledger.fail(unknown, FATAL)
+    bench.ledger.mark_enqueued([unknown])
+
+    assert bench.query("SELECT id FROM runs") == []
+
+
+def test_a_run_of_the_other_kind_is_left_alone(bench: Workbench) -> None:
+    crawl, analysis = bench.accept(), bench.accept_analysis()
+
+    assert bench.begin_attempt(crawl) is None
+    assert bench.ledger.begin_crawl(analysis) is None
+
+    assert (bench.state(crawl), bench.state(analysis)) == (RunState.QUEUED, RunState.QUEUED)
+
+
+# --- Accepting ---------------------------------------------------------------------------------------------
+
+
+def test_the_same_id_is_one_run_and_its_first_arguments_stand(bench: Workbench) -> None:
+    run_id = bench.accept(CrawlArguments(1))
+    before = bench.run(run_id)
+
+    for other in (CrawlArguments(1), CrawlArguments(2), AnalysisArguments(3, "news")):
+        again = NewRun(run_id, other, Trigger.CLI, traceparent_of(uuid4()))
+        assert bench.ledger.accept(again, delivered=False) is False
+
+    assert bench.run(run_id) == before
+    assert [event["event"] for event in bench.events(run_id)] == ["run.accepted"]
+
+
+def test_of_many_that_accept_one_run_at_once_one_creates_it(bench: Workbench) -> None:
+    run_id = uuid4()
+    new = NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id))
+
+    created = together(*[lambda: bench.ledger.accept(new, delivered=True)] * 8)
+
+    assert sorted(created) == [False] * 7 + [True]
+    assert len(bench.events(run_id)) == 1
+
+
+@pytest.mark.parametrize("state", [RunState.FAILED, RunState.CANCELED])
+def test_a_run_that_ended_before_it_began_is_recorded_once(bench: Workbench, state: RunState) -> None:
+    run_id = uuid4()
+    values: dict[str, object] = {
+        "id": run_id,
+        "kind": RunKind.CRAWL,
+        "trigger": Trigger.CELERY,
+        "traceparent": traceparent_of(run_id),
+    }
+
+    for _ in range(2):
+        bench.ledger.record_ended(values, state, InvalidArgumentsError.code, "task_id must be an integer, got str")
+
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["wake_at"]) == (state, "invalid_arguments", None)
+    assert run["finished_at"] is not None
+    assert [event["message"] for event in bench.events(run_id)] == ["task_id must be an integer, got str"]
+    assert bench.wake() == []
+
+
+def test_a_run_without_usable_arguments_is_not_revived(bench: Workbench) -> None:
+    run_id = uuid4()
+    values: dict[str, object] = {
+        "id": run_id,
+        "kind": RunKind.SITE_ANALYSIS,
+        "trigger": Trigger.CELERY,
+        "traceparent": traceparent_of(run_id),
+    }
+    bench.ledger.record_ended(values, RunState.FAILED, InvalidArgumentsError.code, "wrong arguments")
+
+    with pytest.raises(IllegalTransitionError, match="no usable arguments"):
+        bench.ledger.revive(run_id, actor="tester")
+
+    assert bench.state(run_id) == RunState.FAILED
+
+
+def test_an_expired_message_leaves_a_canceled_run(bench: Workbench) -> None:
+    run_id = uuid4()
+
+    bench.ledger.expire(NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id)))
+
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["wake_at"]) == (RunState.CANCELED, "expired", None)
+
+
+def test_an_accepted_run_that_ended_is_not_ended_again(bench: Workbench) -> None:
+    run_id = bench.accept()
+    before = bench.run(run_id)
+
+    bench.ledger.expire(NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id)))
+
+    assert bench.run(run_id) == before
+
+
+def test_a_run_waits_for_the_callers_eta(bench: Workbench) -> None:
+    run_id = uuid4()
+    later = datetime.now(UTC) + timedelta(hours=1)
+    new = NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id), not_before=later)
+    bench.ledger.accept(new, delivered=True)
+
+    assert bench.ledger.begin_crawl(run_id) is None
+    assert bench.wake() == []
+
+    bench.rewind(run_id, 3_601)
+    assert bench.wake() == [run_id]
+    assert bench.ledger.begin_crawl(run_id) is not None
+
+
+def test_enqueueing_a_run_that_waits_does_not_wake_it_early(bench: Workbench) -> None:
+    run_id = uuid4()
+    later = datetime.now(UTC) + timedelta(hours=1)
+    new = NewRun(run_id, CrawlArguments(1), Trigger.CLI, traceparent_of(run_id), not_before=later)
+    bench.ledger.accept(new, delivered=False)
+
+    bench.ledger.mark_enqueued([run_id])
+
+    assert bench.run(run_id)["wake_at"] >= later
+
+
+# --- Plans -------------------------------------------------------------------------------------------------
+
+
+def test_of_two_that_fix_a_plan_at_once_exactly_one_does(bench: Workbench) -> None:
+    bench.application.add_sources(50)
+    bench.application.add_task(1, list(range(1, 61)))
+    for _ in range(10):
+        run_id = bench.accept()
+        bench.ledger.begin_crawl(run_id)
+
+        answers = together(*[lambda run_id=run_id: bench.materialize(run_id)] * 2)
+
+        assert sorted(answers, key=str) == [(60, 10), None]
+        assert bench.assert_adds_up(run_id) == {"pending": 50, "published": 0, "skipped": 10}
+
+
+def test_a_plan_stays_as_it_was_fixed_though_the_tables_change(bench: Workbench) -> None:
+    run_id = bench.planned(3, skipped=1)
+    before = bench.plan(run_id)
+
+    bench.application.execute("UPDATE crawl_tasks SET data_source_ids = '{8,9}'; DELETE FROM crawl_configs")
+    bench.application.add_configs([(80, 8), (90, 9), (100, 1)])
+
+    assert bench.materialize(run_id) is None
+    assert bench.publish(run_id) == [1, 2, 3]
+    assert [(source, config) for source, config, _ in bench.plan(run_id)] == [
+        (source, config) for source, config, _ in before
+    ]
+
+
+def test_a_plan_is_not_fixed_once_the_run_is_over(bench: Workbench) -> None:
+    bench.application.add_sources(3)
+    bench.application.add_task(1, [1, 2, 3])
+    run_id = bench.accept()
+    bench.ledger.cancel(run_id, actor="tester")
+
+    assert bench.materialize(run_id) is None
+
+    assert bench.plan(run_id) == []
+
+
+def test_a_refused_plan_leaves_no_row(bench: Workbench) -> None:
+    run_id = bench.accept(CrawlArguments(404))
+
+    bench.fan_out().deliver(run_id)
+
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"]) == (RunState.FAILED, "crawl_task_not_found")
+    assert bench.plan(run_id) == []
+
+
+@pytest.mark.parametrize("listed", [[], None, [None]], ids=str)
+def test_an_empty_plan_is_a_success(bench: Workbench, listed: list[object] | None) -> None:
+    bench.application.add_task(1, listed)
+    run_id = bench.accept()
+
+    assert bench.fan_out().deliver(run_id) is False
+
+    assert bench.state(run_id) == RunState.SUCCEEDED
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 0, "skipped": 0}
+
+
+# --- Batches -----------------------------------------------------------------------------------------------
+
+
+def test_two_workers_share_the_rows_and_take_none_twice(bench: Workbench) -> None:
+    run_id = bench.planned(10)
+    ledger = bench.ledger
+
+    with ledger.pending_batch(run_id, limit=3, after=0) as first:
+        with ledger.pending_batch(run_id, limit=3, after=0) as second:
+            with ledger.pending_batch(run_id, limit=10, after=0) as third:
+                assert (sources_of(first), sources_of(second), sources_of(third)) == (
+                    [1, 2, 3],
+                    [4, 5, 6],
+                    [7, 8, 9, 10],
+                )
+                third.mark(sources_of(third))
+            second.mark(sources_of(second))
+        first.mark(sources_of(first))
+
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 10, "skipped": 0}
+    assert bench.publish(run_id) == []
+
+
+def test_many_workers_on_one_run_publish_each_source_once(bench: Workbench) -> None:
+    run_id = bench.planned(400)
+    publisher = Fake()
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        start.wait(10)
+        bench.fan_out(publisher, batch_size=7).deliver(run_id)
+
+    together(*[work] * 4)
+
+    published = [source for batch in publisher.batches for source, _ in batch.sources]
+    assert sorted(published) == list(range(1, 401))
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 400, "skipped": 0}
+    assert bench.state(run_id) == RunState.SUCCEEDED
+
+
+def test_only_what_was_confirmed_is_marked(bench: Workbench) -> None:
+    run_id = bench.planned(5)
+
+    with bench.ledger.pending_batch(run_id, limit=5, after=0) as batch:
+        assert batch.mark([2, 4]) is RunState.RUNNING
+
+    assert bench.assert_adds_up(run_id) == {"pending": 3, "published": 2, "skipped": 0}
+    assert bench.publish(run_id) == [1, 3, 5]
+
+
+def test_a_batch_that_breaks_off_leaves_its_rows_to_others(bench: Workbench) -> None:
+    run_id = bench.planned(5)
+    before = bench.run(run_id)
+
+    with suppress(ZeroDivisionError), bench.ledger.pending_batch(run_id, limit=5, after=0) as batch:
+        batch.mark([1, 2, 3, 4, 5])
+        raise ZeroDivisionError
+
+    assert bench.run(run_id) == before
+    assert bench.publish(run_id) == [1, 2, 3, 4, 5]
+
+
+def test_of_two_that_hold_the_last_two_batches_exactly_one_completes_the_run(bench: Workbench) -> None:
+    for _ in range(25):
+        run_id = bench.planned(2)
+        both_hold = threading.Barrier(2)
+        both_committed = threading.Barrier(2)
+
+        def finish(run_id: UUID = run_id, hold: threading.Barrier = both_hold) -> bool:
+            with bench.ledger.pending_batch(run_id, limit=1, after=0) as batch:
+                hold.wait(10)
+                batch.mark(sources_of(batch))
+            both_committed.wait(10)
+            return bench.ledger.complete_crawl(run_id)
+
+        assert sorted(together(finish, finish)) == [False, True]
+        assert [event["event"] for event in bench.events(run_id)].count("run.succeeded") == 1
+
+
+def test_two_engines_that_end_together_complete_the_run_however_they_interleave(bench: Workbench) -> None:
+    for _ in range(25):
+        run_id = bench.planned(2)
+        both_publish = threading.Barrier(2)
+
+        def confirm(batch: ExtractionBatch, meet: threading.Barrier = both_publish) -> Receipt:
+            meet.wait(10)
+            return Receipt([source for source, _ in batch.sources])
+
+        def work(run_id: UUID = run_id, publisher: Publisher = Fake(confirm)) -> None:  # noqa: B008 -- one a round
+            bench.fan_out(publisher, batch_size=1).deliver(run_id)
+
+        together(work, work)
+
+        assert bench.state(run_id) == RunState.SUCCEEDED
+        assert [event["event"] for event in bench.events(run_id)].count("run.succeeded") == 1
+
+
+def test_a_run_is_not_complete_while_another_batch_is_open(bench: Workbench) -> None:
+    run_id = bench.planned(2)
+
+    with bench.ledger.pending_batch(run_id, limit=1, after=0) as batch:
+        assert bench.publish(run_id) == [2]
+        assert bench.ledger.complete_crawl(run_id) is False
+        batch.mark(sources_of(batch))
+
+    assert bench.ledger.complete_crawl(run_id) is True
+
+
+def test_a_run_that_was_not_planned_yet_is_not_complete(bench: Workbench) -> None:
+    run_id = bench.accept()
+    bench.ledger.begin_crawl(run_id)
+
+    assert bench.ledger.complete_crawl(run_id) is False
+
+
+def test_messages_and_marks_commit_together_where_the_queue_is_in_postgresql(bench: Workbench) -> None:
+    run_id = bench.planned(25, skipped=2)
+
+    assert bench.fan_out().deliver(run_id) is False
+
+    assert bench.state(run_id) == RunState.SUCCEEDED
+    rows = bench.query("SELECT message, headers FROM pgmq.q_extraction_queue ORDER BY msg_id")
+    assert [row["message"]["data_source_id"] for row in rows] == list(range(1, 26))
+    assert [row["headers"]["message_id"] for row in rows] == [
+        str(message_id(run_id, source)) for source in range(1, 26)
+    ]
+
+
+# --- Postponing --------------------------------------------------------------------------------------------
+
+
+def test_a_broker_that_is_down_is_tried_after_1_2_4_and_at_last_60_seconds(bench: Workbench) -> None:
+    run_id = bench.planned(1)
+    waits = []
+    for _ in range(9):
+        bench.ledger.postpone_crawl(run_id, DOWN)
+        run = bench.run(run_id)
+        waits.append((run["next_attempt_at"] - bench.events(run_id)[-1]["at"]).total_seconds())
+        assert (run["state"], run["error_code"]) == (RunState.RETRYING, "broker_unreachable")
+        assert run["wake_at"] - run["next_attempt_at"] < timedelta(milliseconds=100)
+        bench.rewind(run_id, 61)
+        assert bench.ledger.begin_crawl(run_id) is not None
+
+    assert waits == pytest.approx([1, 2, 4, 8, 16, 32, 60, 60, 60], rel=0.05)
+
+
+def test_progress_begins_the_waits_anew(bench: Workbench) -> None:
+    run_id = bench.planned(2)
+    for _ in range(5):
+        bench.ledger.postpone_crawl(run_id, DOWN)
+        bench.rewind(run_id, 61)
+        bench.ledger.begin_crawl(run_id)
+    assert bench.publish(run_id, limit=1) == [1]
+
+    bench.ledger.postpone_crawl(run_id, DOWN)
+
+    wait = bench.run(run_id)["next_attempt_at"] - bench.events(run_id)[-1]["at"]
+    assert wait.total_seconds() == pytest.approx(1, rel=0.05)
+
+
+def test_a_delivery_during_the_wait_leaves_and_one_after_it_goes_on(bench: Workbench) -> None:
+    run_id = bench.planned(3)
+    blocked = Fake(lambda _: Receipt([2], BrokerBlockedError("memory alarm")))
+    assert bench.fan_out(blocked).deliver(run_id) is False
+    assert bench.assert_adds_up(run_id) == {"pending": 2, "published": 1, "skipped": 0}
+    assert bench.run(run_id)["error_code"] == "broker_blocked"
+
+    assert bench.ledger.begin_crawl(run_id) is None
+    bench.rewind(run_id, 2)
+    assert bench.wake() == [run_id]
+    healthy = Fake()
+    bench.fan_out(healthy).deliver(run_id)
+
+    assert [batch.sources for batch in healthy.batches] == [[(1, 1), (3, 3)]]
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["error_message"]) == (RunState.SUCCEEDED, None, None)
+
+
+# --- Deliveries without progress ---------------------------------------------------------------------------
+
+
+def test_a_run_that_kills_its_workers_fails_after_a_bounded_number_of_deliveries(bench: Workbench) -> None:
+    run_id = bench.planned(1)
+    for _ in range(MAX_STALLS):
+        bench.rewind(run_id, 16)
+        assert bench.wake() == [run_id]
+        assert bench.ledger.begin_crawl(run_id) is not None
+    bench.rewind(run_id, 16)
+
+    assert bench.ledger.begin_crawl(run_id) is None
+
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["wake_at"]) == (RunState.FAILED, "no_progress", None)
+    bench.ledger.revive(run_id, actor="tester")
+    assert bench.ledger.begin_crawl(run_id) is not None
+
+
+@pytest.mark.parametrize("silent_for", [0, 60], ids=["soon after progress", "after a long silence"])
+def test_a_storm_of_deliveries_is_not_taken_for_a_run_that_kills_its_workers(
+    bench: Workbench, silent_for: float
+) -> None:
+    run_id = bench.planned(1)
+    bench.rewind(run_id, silent_for)
+
+    assert all(bench.ledger.begin_crawl(run_id) is not None for _ in range(50))
+
+    assert bench.publish(run_id) == [1]
+    assert bench.ledger.complete_crawl(run_id)
+
+
+def test_progress_forgives_deliveries_without_progress(bench: Workbench) -> None:
+    run_id = bench.planned(3)
+    for _ in range(3):
+        for _ in range(MAX_STALLS):
+            bench.rewind(run_id, 6)
+            assert bench.ledger.begin_crawl(run_id) is not None
+        bench.publish(run_id, limit=1)
+
+    assert bench.ledger.complete_crawl(run_id)
+
+
+# --- Canceling ---------------------------------------------------------------------------------------------
+
+
+def test_cancel_skips_what_nobody_publishes_and_leaves_the_batch_in_flight(bench: Workbench) -> None:
+    run_id = bench.planned(5)
+
+    with bench.ledger.pending_batch(run_id, limit=2, after=0) as batch:
+        bench.ledger.cancel(run_id, actor="tester", reason="wrong task")
+        assert bench.assert_adds_up(run_id) == {"pending": 2, "published": 0, "skipped": 3}
+        assert bench.run(run_id)["wake_at"] is not None
+        assert batch.mark(sources_of(batch)) is RunState.CANCELED
+
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 2, "skipped": 3}
+    bench.rewind(run_id, 3)
+    assert bench.wake() == []
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["wake_at"]) == (RunState.CANCELED, "canceled", None)
+    reasons = bench.query("SELECT DISTINCT reason FROM dispatches WHERE state = 'skipped'")
+    assert reasons == [{"reason": "run_canceled"}]
+
+
+def test_the_pulse_skips_what_a_batch_rolled_back_after_the_cancel(bench: Workbench) -> None:
+    run_id = bench.planned(5)
+    with suppress(ZeroDivisionError), bench.ledger.pending_batch(run_id, limit=2, after=0):
+        bench.ledger.cancel(run_id, actor="tester")
+        bench.rewind(run_id, 3)
+        assert bench.wake() == []
+        assert bench.assert_adds_up(run_id) == {"pending": 2, "published": 0, "skipped": 3}
+        assert bench.run(run_id)["wake_at"] is not None
+        raise ZeroDivisionError
+
+    bench.rewind(run_id, 3)
+    assert bench.wake() == []
+
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 0, "skipped": 5}
+    assert bench.run(run_id)["wake_at"] is None
+
+
+def test_an_engine_stops_at_the_batch_during_which_its_run_was_canceled(bench: Workbench) -> None:
+    run_id = bench.planned(50)
+
+    def confirm(batch: ExtractionBatch) -> Receipt:
+        bench.ledger.cancel(run_id, actor="tester")
+        return Receipt([source for source, _ in batch.sources])
+
+    assert bench.fan_out(Fake(confirm), batch_size=10).deliver(run_id) is False
+
+    assert bench.state(run_id) == RunState.CANCELED
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 10, "skipped": 40}
+
+
+def test_cancel_and_completion_at_once_have_one_winner_and_one_story(bench: Workbench) -> None:
+    for _ in range(20):
+        run_id = bench.planned(1)
+        bench.publish(run_id)
+
+        def cancel(run_id: UUID = run_id) -> bool:
+            try:
+                bench.ledger.cancel(run_id, actor="tester")
+            except IllegalTransitionError:
+                return False
+            return True
+
+        canceled, completed = together(cancel, lambda run_id=run_id: bench.ledger.complete_crawl(run_id))
+
+        assert canceled is not completed
+        assert bench.state(run_id) == (RunState.CANCELED if canceled else RunState.SUCCEEDED)
+
+
+def test_operators_deeds_are_in_the_audit_log(bench: Workbench) -> None:
+    failed, queued = crawl_in(bench, RunState.FAILED), crawl_in(bench, RunState.QUEUED)
+
+    bench.ledger.revive(failed, actor="ann", reason="the task is back")
+    bench.ledger.cancel(queued, actor="bob")
+
+    rows = bench.query("SELECT actor, action, run_id, reason, before, after FROM audit_events ORDER BY id")
+    assert [tuple(row.values()) for row in rows] == [
+        (
+            "ann",
+            "retry",
+            failed,
+            "the task is back",
+            {"state": "failed", "error_code": "crawl_task_not_found"},
+            {"state": "queued"},
+        ),
+        ("bob", "cancel", queued, None, {"state": "queued", "error_code": None}, {"state": "canceled"}),
+    ]
+
+
+# --- Reviving ----------------------------------------------------------------------------------------------
+
+
+def test_a_revived_crawl_keeps_its_plan_and_its_message_ids(bench: Workbench) -> None:
+    run_id = bench.planned(3)
+    bench.publish(run_id, limit=1)
+    plan = bench.plan(run_id)
+    bench.ledger.fail(run_id, FATAL)
+    bench.application.execute("DELETE FROM crawl_tasks; DELETE FROM crawl_configs")
+
+    wake_up = bench.ledger.revive(run_id, actor="tester")
+
+    assert wake_up.run_id == run_id
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["finished_at"]) == (RunState.QUEUED, None, None)
+    assert bench.plan(run_id) == plan
+    publisher = Fake()
+    bench.fan_out(publisher).deliver(run_id)
+    ids = [id_ for batch in publisher.batches for _, id_, _ in batch.messages()]
+    assert ids == [message_id(run_id, 2), message_id(run_id, 3)]
+    assert bench.state(run_id) == RunState.SUCCEEDED
+
+
+def test_a_revived_run_that_nobody_enqueues_is_woken(bench: Workbench) -> None:
+    run_id = crawl_in(bench, RunState.FAILED)
+    bench.ledger.revive(run_id, actor="tester")
+    assert bench.wake() == []
+
+    bench.rewind(run_id, 3)
+
+    assert bench.wake() == [run_id]
+
+
+def test_a_revived_analysis_counts_its_calls_on_and_its_retries_anew(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    for _ in range(4):
+        assert bench.begin_attempt(run_id) is not None
+        bench.rewind(run_id, LEASE + 1)
+    assert bench.begin_attempt(run_id) is None
+    assert bench.state(run_id) == RunState.FAILED
+
+    bench.ledger.revive(run_id, actor="tester")
+
+    attempt = bench.begin_attempt(run_id)
+    assert attempt is not None
+    assert (attempt.number, attempt.retries_done) == (5, 0)
+    assert [row["number"] for row in bench.attempts(run_id)] == [1, 2, 3, 4, 5]
+
+
+# --- The pulse ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_nobody_enqueued_is_woken_after_the_grace_and_not_before(bench: Workbench) -> None:
+    run_id = bench.accept(delivered=False)
+    assert bench.wake() == []
+
+    bench.rewind(run_id, 2)
+
+    assert bench.wake() == [run_id]
+    assert bench.woken[0].arguments == CrawlArguments(1)
+    assert bench.run(run_id)["enqueued_at"] is not None
+
+
+@pytest.mark.parametrize("delivered", [True, False], ids=["delivered", "enqueued"])
+def test_a_run_under_way_is_woken_after_the_silence_and_not_before(bench: Workbench, *, delivered: bool) -> None:
+    run_id = bench.accept(delivered=delivered)
+    bench.ledger.mark_enqueued([run_id])
+    bench.rewind(run_id, SILENCE - 5)
+    assert bench.wake() == []
+
+    bench.rewind(run_id, 5)
+
+    assert bench.wake() == [run_id]
+
+
+def test_each_batch_puts_the_wake_up_off(bench: Workbench) -> None:
+    run_id = bench.planned(3)
+    for _ in range(3):
+        bench.rewind(run_id, SILENCE - 5)
+        assert bench.wake() == []
+        bench.publish(run_id, limit=1)
+
+    bench.rewind(run_id, SILENCE - 5)
+    assert bench.wake() == []
+
+
+def test_one_wake_up_is_outstanding_and_the_next_waits_ever_longer(bench: Workbench) -> None:
+    run_id = bench.accept()
+    bench.rewind(run_id, SILENCE)
+    waits = []
+    for _ in range(8):
+        assert bench.wake() == [run_id]
+        assert bench.wake() == []
+        (row,) = bench.query("SELECT extract(epoch FROM wake_at - clock_timestamp())::float8 AS left FROM runs")
+        waits.append(row["left"])
+        bench.rewind(run_id, row["left"])
+
+    assert waits == pytest.approx([15, 30, 60, 120, 240, 480, 600, 600], rel=0.05)
+    assert waits[-1] <= LONGEST_SILENCE
+    assert bench.ledger.begin_crawl(run_id) is not None
+    assert bench.run(run_id)["wakes"] == 0
+
+
+def test_the_oldest_are_woken_first_and_never_more_than_the_limit(bench: Workbench) -> None:
+    run_ids = [bench.accept() for _ in range(5)]
+    for age, run_id in enumerate(run_ids):
+        bench.rewind(run_id, 100 + age)
+
+    rounds = [bench.wake(limit=2) for _ in range(4)]
+
+    assert rounds == [run_ids[:2:-1], run_ids[2:0:-1], run_ids[:1], []]
+
+
+def test_while_one_process_wakes_a_second_one_leaves_it_alone(bench: Workbench) -> None:
+    run_id = bench.accept()
+    bench.rewind(run_id, SILENCE)
+    meanwhile: list[int | None] = []
+
+    bench.ledger.wake_due(lambda _: meanwhile.append(bench.ledger.wake_due(bench.woken.extend, 10)), 10)
+
+    assert meanwhile == [None]
+    assert bench.woken == []
+
+
+def test_a_wake_up_that_could_not_be_sent_is_not_noted(bench: Workbench) -> None:
+    run_id = bench.accept(delivered=False)
+    bench.rewind(run_id, SILENCE)
+    before = bench.run(run_id)
+
+    def refuse(_: object) -> None:
+        raise DOWN
+
+    with pytest.raises(BrokerUnreachableError):
+        bench.ledger.wake_due(refuse, 10)
+
+    assert bench.run(run_id) == before
+    assert bench.wake() == [run_id]
+
+
+def test_a_run_that_a_worker_has_locked_is_passed_over(bench: Workbench) -> None:
+    held, free = bench.accept(), bench.accept()
+    for run_id in (held, free):
+        bench.rewind(run_id, SILENCE)
+
+    with psycopg.connect(bench.url) as connection:
+        connection.execute("SELECT 1 FROM orchestrator.runs WHERE id = %s FOR UPDATE", [held])
+        assert bench.wake() == [free]
+
+    assert bench.wake() == [held]
+
+
+def test_a_silent_run_with_nothing_pending_is_completed_not_woken(bench: Workbench) -> None:
+    run_id = bench.planned(2, skipped=1)
+    bench.publish(run_id)
+    bench.rewind(run_id, SILENCE)
+
+    assert bench.wake() == []
+
+    assert bench.state(run_id) == RunState.SUCCEEDED
+    assert [event["event"] for event in bench.events(run_id)][-1] == "run.succeeded"
+
+
+def test_a_finished_run_is_never_woken(bench: Workbench) -> None:
+    for state in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELED):
+        bench.rewind(crawl_in(bench, state), 3_600)
+        bench.rewind(analysis_in(bench, state), 3_600)
+
+    assert bench.wake() == []
+
+
+@pytest.mark.parametrize("state", sorted(UNFINISHED))
+def test_postgresql_refuses_an_unfinished_run_without_a_wake_up(bench: Workbench, state: RunState) -> None:
+    run_id = crawl_in(bench, state)
+
+    with pytest.raises(psycopg.errors.CheckViolation, match="runs_wake_up_ahead_check"):
+        bench.query("UPDATE runs SET wake_at = NULL WHERE id = %s", run_id)
+
+
+@pytest.mark.parametrize(
+    ("state", "change", "constraint"),
+    [
+        (RunState.QUEUED, "state = 'asleep'", "state"),
+        (RunState.QUEUED, "kind = 'other'", "kind"),
+        (RunState.RUNNING, "published = 1", "counts"),
+        (RunState.RUNNING, "skipped = -1", "counts"),
+        (RunState.QUEUED, "finished_at = now()", "finished"),
+        (RunState.SUCCEEDED, "finished_at = NULL", "finished"),
+        (RunState.SUCCEEDED, "total = 2", "complete"),
+        (RunState.FAILED, "error_code = NULL", "reason"),
+        (RunState.FAILED, "wake_at = now()", "wake_up_ahead"),
+    ],
+)
+def test_postgresql_refuses_what_the_promises_exclude(
+    bench: Workbench, state: RunState, change: str, constraint: str
+) -> None:
+    run_id = crawl_in(bench, state)
+    statement = f"UPDATE orchestrator.runs SET {change} WHERE id = '{run_id}'"
+
+    with (
+        psycopg.connect(bench.url) as connection,
+        pytest.raises(psycopg.errors.CheckViolation, match=f"runs_{constraint}_check"),
+    ):
+        connection.execute(statement.encode())
+
+
+def test_a_node_is_seen_until_it_signs_off(bench: Workbench) -> None:
+    node = Node("w1@host", "worker", ("orchestrator.crawl",), 4)
+    for version in ("1.0", "1.1"):
+        bench.ledger.heartbeat(node, version)
+    (row,) = bench.query("SELECT * FROM nodes")
+    assert (row["name"], row["version"], row["queues"], row["concurrency"]) == (
+        "w1@host",
+        "1.1",
+        ["orchestrator.crawl"],
+        4,
+    )
+    assert row["seen_at"] > row["started_at"]
+
+    bench.ledger.sign_off(node)
+
+    assert bench.query("SELECT * FROM nodes") == []
+
+
+# --- Attempts ----------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_in_the_ledger_before_it_is_made_and_completed_after_it(bench: Workbench) -> None:
+    run_id = bench.accept_analysis(42)
+
+    attempt = bench.begin_attempt(run_id)
+
+    assert attempt is not None
+    assert (attempt.number, attempt.retries_done, attempt.data_source_id, attempt.theme_name) == (1, 0, 42, "news")
+    (before,) = bench.attempts(run_id)
+    assert (before["node"], before["outcome"], before["finished_at"]) == (NODE, None, None)
+    assert (before["lease_until"] - before["started_at"]).total_seconds() == pytest.approx(LEASE, rel=0.05)
+
+    bench.ledger.finish_attempt(attempt, GOOD, None)
+
+    (after,) = bench.attempts(run_id)
+    assert (after["outcome"], after["status"], after["code"], after["seconds"]) == ("succeeded", 202, "ok", 0.1)
+    assert bench.state(run_id) == RunState.SUCCEEDED
+
+
+def test_a_retry_and_what_the_service_asked_for_are_recorded(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    attempt = bench.begin_attempt(run_id)
+    assert attempt is not None
+
+    bench.ledger.finish_attempt(attempt, BUSY, 95)
+
+    (row,), run = bench.attempts(run_id), bench.run(run_id)
+    assert (row["outcome"], row["retry_after"]) == ("retryable", 90.0)
+    assert (row["next_attempt_at"] - row["finished_at"]).total_seconds() == pytest.approx(95, rel=0.05)
+    assert (run["state"], run["error_code"], run["error_message"]) == (
+        RunState.RETRYING,
+        "discovery_unavailable",
+        "the service answered 503",
+    )
+    assert bench.begin_attempt(run_id) is None
+    bench.rewind(run_id, 96)
+    assert bench.wake() == [run_id]
+    assert bench.begin_attempt(run_id) is not None
+
+
+def test_a_refused_call_fails_the_run_at_once(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    attempt = bench.begin_attempt(run_id)
+    assert attempt is not None
+
+    bench.ledger.finish_attempt(attempt, NO, None)
+
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["wake_at"]) == (RunState.FAILED, "discovery_refused", None)
+
+
+def test_success_after_a_retry_leaves_no_error_behind(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    first = bench.begin_attempt(run_id)
+    assert first is not None
+    bench.ledger.finish_attempt(first, BUSY, 1)
+    bench.rewind(run_id, 2)
+    second = bench.begin_attempt(run_id)
+    assert second is not None
+
+    bench.ledger.finish_attempt(second, GOOD, None)
+
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["attempts"]) == (RunState.SUCCEEDED, None, 2)
+
+
+def test_a_second_delivery_inside_the_lease_leaves(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+
+    begun = together(*[lambda: bench.begin_attempt(run_id)] * 4)
+
+    assert sum(attempt is not None for attempt in begun) == 1
+    bench.rewind(run_id, LEASE - 5)
+    assert bench.begin_attempt(run_id) is None
+    assert len(bench.attempts(run_id)) == 1
+
+
+def test_a_call_whose_lease_ran_out_is_lost_and_counts(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    first = bench.begin_attempt(run_id)
+    assert first is not None
+    bench.rewind(run_id, LEASE)
+    assert bench.wake() == [run_id]
+
+    second = bench.begin_attempt(run_id)
+
+    assert second is not None
+    assert (second.number, second.retries_done) == (2, 1)
+    assert [row["outcome"] for row in bench.attempts(run_id)] == ["lost", None]
+
+    bench.ledger.finish_attempt(first, GOOD, None)
+    assert bench.state(run_id) == RunState.RUNNING
+    assert [row["outcome"] for row in bench.attempts(run_id)] == ["lost", None]
+
+
+def test_a_late_answer_counts_as_long_as_nobody_gave_the_call_up(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    attempt = bench.begin_attempt(run_id)
+    assert attempt is not None
+    bench.rewind(run_id, LEASE + 60)
+
+    bench.ledger.finish_attempt(attempt, GOOD, None)
+
+    assert bench.state(run_id) == RunState.SUCCEEDED
+
+
+def test_three_retries_mean_four_calls_lost_ones_included(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    for number in range(1, 5):
+        attempt = bench.begin_attempt(run_id)
+        assert attempt is not None
+        assert attempt.number == number
+        bench.rewind(run_id, LEASE + 1)
+
+    assert bench.begin_attempt(run_id) is None
+
+    run = bench.run(run_id)
+    assert (run["state"], run["error_code"], run["attempts"]) == (RunState.FAILED, "lost", 4)
+    assert [row["outcome"] for row in bench.attempts(run_id)] == ["lost"] * 4
+
+
+def test_what_was_canceled_meanwhile_stays_canceled_and_its_answer_is_recorded(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    attempt = bench.begin_attempt(run_id)
+    assert attempt is not None
+    bench.ledger.cancel(run_id, actor="tester")
+
+    bench.ledger.finish_attempt(attempt, GOOD, None)
+
+    assert bench.state(run_id) == RunState.CANCELED
+    assert [row["outcome"] for row in bench.attempts(run_id)] == ["succeeded"]
+
+
+@pytest.mark.parametrize(("cap", "node_cap"), [(2, 9), (9, 2)], ids=["everywhere", "here"])
+def test_beyond_the_cap_runs_are_set_aside_and_go_on_oldest_first(bench: Workbench, cap: int, node_cap: int) -> None:
+    run_ids = [bench.accept_analysis(source) for source in range(1, 6)]
+    for age, run_id in enumerate(reversed(run_ids)):
+        bench.rewind(run_id, age)
+
+    begun = [bench.begin_attempt(run_id, cap=cap, node_cap=node_cap) for run_id in reversed(run_ids)]
+
+    calls = [attempt for attempt in begun if attempt is not None]
+    assert [attempt.run_id for attempt in calls] == [run_ids[4], run_ids[3]]
+    assert bench.run(run_ids[0])["awaits_slot"] == "discovery_concurrency"
+    bench.ledger.finish_attempt(calls[0], GOOD, None)
+    order = []
+    while (waiting := bench.ledger.next_waiting()) is not None:
+        order.append(waiting.run_id)
+    assert order == run_ids[:3]
+    assert bench.begin_attempt(order[0], cap=cap, node_cap=node_cap) is not None
+    assert bench.begin_attempt(order[1], cap=cap, node_cap=node_cap) is None
+
+
+def test_the_cap_here_does_not_hold_up_another_node(bench: Workbench) -> None:
+    first, second = bench.accept_analysis(1), bench.accept_analysis(2)
+    assert bench.begin_attempt(first, node_cap=1) is not None
+    assert bench.begin_attempt(second, node_cap=1) is None
+
+    assert bench.begin_attempt(second, node="w2@test", node_cap=1) is not None
+
+    assert bench.run(second)["awaits_slot"] is None
+
+
+def test_calls_whose_lease_ran_out_free_their_slot(bench: Workbench) -> None:
+    first, second = bench.accept_analysis(1), bench.accept_analysis(2)
+    assert bench.begin_attempt(first, cap=1) is not None
+    bench.rewind(first, LEASE + 1)
+
+    assert bench.begin_attempt(second, cap=1) is not None
+
+
+def test_many_nodes_that_begin_at_once_stay_within_the_cap(bench: Workbench) -> None:
+    run_ids = [bench.accept_analysis(source) for source in range(1, 13)]
+
+    begun = together(*[lambda run_id=run_id: bench.begin_attempt(run_id, cap=3) for run_id in run_ids])
+
+    assert sum(attempt is not None for attempt in begun) == 3
+    assert bench.query("SELECT count(*) FROM runs WHERE awaits_slot IS NOT NULL") == [{"count": 9}]
+
+
+def test_a_run_that_waits_for_its_retry_is_not_handed_out(bench: Workbench) -> None:
+    first, second = bench.accept_analysis(1), bench.accept_analysis(2)
+    assert bench.begin_attempt(first, cap=1) is not None
+    assert bench.begin_attempt(second, cap=1) is None
+    bench.query("UPDATE runs SET next_attempt_at = clock_timestamp() + interval '1 minute' WHERE id = %s", second)
+    assert bench.ledger.next_waiting() is None
+
+    bench.rewind(second, 61)
+
+    waiting = bench.ledger.next_waiting()
+    assert waiting is not None
+    assert waiting.run_id == second
+
+
+@pytest.mark.parametrize("how", ["cancel", "wake"])
+def test_a_run_set_aside_is_not_forgotten(bench: Workbench, how: str) -> None:
+    first, second = bench.accept_analysis(1), bench.accept_analysis(2)
+    assert bench.begin_attempt(first, cap=1) is not None
+    assert bench.begin_attempt(second, cap=1) is None
+
+    if how == "cancel":
+        bench.ledger.cancel(second, actor="tester")
+        assert bench.ledger.next_waiting() is None
+    else:
+        bench.rewind(second, SILENCE + 1)
+        assert bench.wake() == [second]
+
+
+# --- One run, whatever happens to it -----------------------------------------------------------------------
+
+
+class OneRun(RuleBasedStateMachine):
+    """Random deeds on one crawl run, against a model that knows states and sets of sources."""
+
+    bench: Workbench
+    size = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task_id = int(uuid4()) % 2**60 + 1
+        # Sources 1 to 6 are listed, all but the last one have a config.
+        self.bench.application.add_task(self.task_id, list(range(1, self.size + 1)))
+        self.run_id = self.bench.accept(CrawlArguments(self.task_id))
+        self.state = RunState.QUEUED
+        self.planned = False
+        self.pending: set[int] = set()
+        self.published: set[int] = set()
+
+    @rule()
+    def begin(self) -> None:
+        begun = self.bench.ledger.begin_crawl(self.run_id)
+        assert (begun is not None) is (self.state in UNFINISHED)
+        if begun is not None:
+            assert begun.materialized is self.planned
+            self.state = RunState.RUNNING
+
+    @rule()
+    def materialize(self) -> None:
+        counts = self.bench.materialize(self.run_id, self.task_id)
+        fresh = not self.planned and self.state in UNFINISHED
+        assert counts == ((self.size, 1) if fresh else None)
+        if fresh:
+            self.planned = True
+            self.pending = set(range(1, self.size))
+
+    @rule(limit=st.integers(1, 6), after=st.integers(0, 6), confirm=st.sets(st.integers(1, 6)), commit=st.booleans())
+    def batch(self, limit: int, after: int, confirm: set[int], *, commit: bool) -> None:
+        with suppress(ZeroDivisionError), self.bench.ledger.pending_batch(self.run_id, limit=limit, after=after) as got:
+            expected = sorted(source for source in self.pending if source > after)[:limit]
+            assert sources_of(got) == expected
+            confirmed = confirm.intersection(expected)
+            assert got.mark(sorted(confirmed)) == self.state
+            if not commit:
+                raise ZeroDivisionError
+            self.pending -= confirmed
+            self.published |= confirmed
+
+    @rule()
+    def complete(self) -> None:
+        done = self.bench.ledger.complete_crawl(self.run_id)
+        assert done is (self.state is RunState.RUNNING and self.planned and not self.pending)
+        if done:
+            self.state = RunState.SUCCEEDED
+
+    @rule()
+    def postpone(self) -> None:
+        self.bench.ledger.postpone_crawl(self.run_id, DOWN)
+        if self.state is RunState.RUNNING:
+            self.state = RunState.RETRYING
+            self.bench.rewind(self.run_id, 61)
+
+    @rule()
+    def fail(self) -> None:
+        self.bench.ledger.fail(self.run_id, FATAL)
+        if self.state is RunState.RUNNING:
+            self.state = RunState.FAILED
+
+    # Canceled is the end of the road; most examples should get further than that.
+    @precondition(lambda self: self.planned)
+    @rule(meanwhile=st.booleans(), rare=st.integers(0, 3))
+    def cancel(self, rare: int, *, meanwhile: bool) -> None:
+        if rare:
+            return
+        legal = self.state in UNFINISHED
+        if not legal:
+            with pytest.raises(IllegalTransitionError):
+                self.bench.ledger.cancel(self.run_id, actor="machine")
+            return
+        if meanwhile:
+            with self.bench.ledger.pending_batch(self.run_id, limit=2, after=0) as taken:
+                self.bench.ledger.cancel(self.run_id, actor="machine")
+                taken.mark(sources_of(taken))
+                self.published |= set(sources_of(taken))
+        else:
+            self.bench.ledger.cancel(self.run_id, actor="machine")
+        self.pending.clear()
+        self.state = RunState.CANCELED
+
+    @rule()
+    def revive(self) -> None:
+        if self.state is RunState.FAILED:
+            assert self.bench.ledger.revive(self.run_id, actor="machine").run_id == self.run_id
+            self.state = RunState.QUEUED
+        else:
+            with pytest.raises(IllegalTransitionError):
+                self.bench.ledger.revive(self.run_id, actor="machine")
+
+    @rule()
+    def wake_much_later(self) -> None:
+        self.bench.rewind(self.run_id, LONGEST_SILENCE + 1)
+        woken = self.run_id in self.bench.wake()
+        if self.state is RunState.RUNNING and self.planned and not self.pending:
+            assert not woken
+            self.state = RunState.SUCCEEDED
+        else:
+            assert woken is (self.state in UNFINISHED)
+
+    @invariant()
+    def the_ledger_agrees(self) -> None:
+        run = self.bench.run(self.run_id)
+        assert run["state"] == self.state
+        assert (run["wake_at"] is not None) >= (self.state in UNFINISHED)
+        counts = self.bench.assert_adds_up(self.run_id)
+        assert counts["pending"] == len(self.pending)
+        assert {source for source, _, state in self.bench.plan(self.run_id) if state == "published"} == self.published
+
+    @invariant()
+    def the_story_is_legal(self) -> None:
+        told = [RunState(event["state"]) for event in self.bench.events(self.run_id)]
+        assert told[0] is RunState.QUEUED
+        assert all(after in TRANSITIONS[before] for before, after in pairwise(told)), told
+
+
+def test_whatever_happens_to_a_run_its_state_is_legal_and_its_counts_add_up(bench: Workbench) -> None:
+    bench.application.add_sources(OneRun.size - 1)
+    machine = type("OneRunHere", (OneRun,), {"bench": bench})
+
+    run_state_machine_as_test(  # type: ignore[no-untyped-call] # Hypothesis leaves it untyped
+        machine,
+        settings=settings(
+            max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
