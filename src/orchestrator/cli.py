@@ -96,7 +96,7 @@ Limit = Annotated[int, typer.Option("--limit", min=1, max=1000, help="Rows to sh
 def main() -> None:
     """Run the command line and exit."""
     try:
-        app()
+        app(prog_name="orchestrator")
     except OrchestratorError as error:
         _fail(str(error), USAGE if isinstance(error, ConfigurationError | InvalidArgumentsError) else FAILED)
     except DBAPIError as error:
@@ -110,15 +110,20 @@ def _fail(sentence: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 -- typer's callbacks take the value
+    if wanted:
+        typer.echo(f"orchestrator {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     *,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """The work engine behind a web-crawling platform."""
-    if version:
-        typer.echo(f"orchestrator {__version__}")
-        raise typer.Exit
 
 
 # --- Setting up and running processes ------------------------------------------------------------------------

@@ -126,6 +126,7 @@ class FanOut:
             batch = ExtractionBatch(run.run_id, run.task_id, run.traceparent, pending.sources)
             receipt = self._publisher.publish(batch, pending.transaction)
             state = pending.mark(receipt.confirmed)
+        _log.debug(Event.BATCH_PUBLISHED, taken=len(pending.sources), confirmed=len(receipt.confirmed))
         if receipt.error is not None:
             raise receipt.error
         return pending.sources[-1][0], state

@@ -145,11 +145,12 @@ _REMEDIES: Final = {
 def _settings(services: Services) -> Iterator[Finding]:
     settings = services.settings
     extraction = _broker_address(settings.extraction_url or settings.broker_url)
+    discovery = urlsplit(settings.discovery_url)
     facts = {
         "database": _database_address(settings),
         "broker": _broker_address(settings.broker_url),
         "extraction": f"{settings.extraction_queue} on {extraction}",
-        "discovery": "{0.scheme}://{0.hostname}{0.path}".format(urlsplit(settings.discovery_url)),
+        "discovery": f"{discovery.scheme}://{discovery.netloc.rpartition('@')[2]}{discovery.path}",
         "time zone": settings.timezone,
     }
     yield Finding("settings", Status.OK, "; ".join(f"{name}: {fact}" for name, fact in facts.items()))

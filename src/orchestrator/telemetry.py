@@ -30,6 +30,8 @@ class Event(StrEnum):
     """A run began, or went on after a wait."""
     RUN_MATERIALIZED = "run.materialized"
     """The plan of a crawl run is fixed: total, skipped, seconds."""
+    BATCH_PUBLISHED = "batch.published"
+    """A batch was published, marked and committed (debug): taken, confirmed."""
     RUN_SLICE_ENDED = "run.slice_ended"
     """A delivery used up its slice and enqueued its continuation: published."""
     RUN_RETRYING = "run.retrying"

@@ -1,10 +1,9 @@
 """The ledger's promises, one by one: legal transitions, counts that add up, shared batches, wake-ups, attempts."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any, Final
@@ -45,7 +44,6 @@ from orchestrator.ledger import LONGEST_SILENCE, MAX_STALLS, SILENCE
 from orchestrator.queues import Publisher, Receipt
 from tests.support.ledgers import LEASE, NODE, Workbench, sources_of, template
 from tests.support.postgres import PostgresServer
-from tests.support.processes import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -474,11 +472,13 @@ def test_of_two_that_hold_the_last_two_batches_exactly_one_completes_the_run(ben
         both_hold = threading.Barrier(2)
         both_committed = threading.Barrier(2)
 
-        def finish(run_id: UUID = run_id, hold: threading.Barrier = both_hold) -> bool:
+        def finish(
+            run_id: UUID = run_id, hold: threading.Barrier = both_hold, done: threading.Barrier = both_committed
+        ) -> bool:
             with bench.ledger.pending_batch(run_id, limit=1, after=0) as batch:
                 hold.wait(10)
                 batch.mark(sources_of(batch))
-            both_committed.wait(10)
+            done.wait(10)
             return bench.ledger.complete_crawl(run_id)
 
         assert sorted(together(finish, finish)) == [False, True]
@@ -690,7 +690,10 @@ def test_cancel_and_completion_at_once_have_one_winner_and_one_story(bench: Work
                 return False
             return True
 
-        canceled, completed = together(cancel, lambda run_id=run_id: bench.ledger.complete_crawl(run_id))
+        def complete(run_id: UUID = run_id) -> bool:
+            return bench.ledger.complete_crawl(run_id)
+
+        canceled, completed = together(cancel, complete)
 
         assert canceled is not completed
         assert bench.state(run_id) == (RunState.CANCELED if canceled else RunState.SUCCEEDED)
@@ -1278,9 +1281,9 @@ def test_whatever_happens_to_a_run_its_state_is_legal_and_its_counts_add_up(benc
     bench.application.add_sources(OneRun.size - 1)
     machine = type("OneRunHere", (OneRun,), {"bench": bench})
 
-    run_state_machine_as_test(  # type: ignore[no-untyped-call] # Hypothesis leaves it untyped
+    run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -173,6 +173,18 @@ class Process:
         self._child.kill()
         self._child.wait()
 
+    def kill_a_child(self) -> None:
+        """Kill -9 one of its children."""
+        os.kill(children_of(self.pid)[0], signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Stop the whole group where it stands."""
+        os.killpg(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen group go on."""
+        os.killpg(self.pid, signal.SIGCONT)
+
     def close(self) -> None:
         """Kill -9 what is left of the whole group and reap the process."""
         atexit.unregister(self.close)

@@ -114,7 +114,7 @@ class Stack:
         """End every process, gently first: the last one to leave stops the embedded server."""
         for process in self.processes:
             if process.running:
-                process.send(signal.SIGCONT)
+                process.thaw()
                 process.send(signal.SIGTERM)
         for process in self.processes:
             try:

@@ -21,7 +21,7 @@ _HOME: Final = Path(__file__).parent
 
 
 def upgrade(database: Database, *, with_queues: bool) -> bool:
-    """Migrate to the newest revision; return whether there was anything to do.
+    """Migrate to the newest revision; return whether there was anything to do. A newer one stays as it is.
 
     Args:
         database: connected as the owner of the ledger's schema, or as one who may create it.
@@ -34,9 +34,12 @@ def upgrade(database: Database, *, with_queues: bool) -> bool:
         # Held to the end of the transaction: a second process waits here and then finds nothing to do.
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("orchestrator:migrate", 0))))
         installed = with_queues and _install_queues(connection)
-        if _revision(connection, database.schema) == _head():
+        revision = _revision(connection, database.schema)
+        if revision == _head() or not (revision is None or revision in _known()):
             return installed
-        connection.execute(CreateSchema(database.schema, if_not_exists=True))
+        # Not IF NOT EXISTS: that asks for the right to create schemas even where there is nothing to create.
+        if not connection.scalar(select(func.to_regnamespace(_quoted(connection, database.schema)).is_not(None))):
+            connection.execute(CreateSchema(database.schema))
         command.upgrade(_config(connection, database.schema), "head")
         return True
 
@@ -50,9 +53,8 @@ def verify(database: Database) -> None:
     """
     with database.transaction() as connection:
         revision = _revision(connection, database.schema)
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
     # A revision that we do not know is newer: the old code goes on during a rolling upgrade.
-    if revision is None or (revision in known and revision != _head()):
+    if revision is None or (revision in _known() and revision != _head()):
         found = f"is at revision {revision}, this code needs {_head()}" if revision else "does not exist"
         raise NotMigratedError(f"the ledger's schema {database.schema!r} {found}; run `orchestrator migrate`")
 
@@ -62,6 +64,14 @@ def _revision(connection: Connection, schema: str) -> str | None:
         connection, opts={"version_table": VERSION_TABLE, "version_table_schema": schema}
     )
     return context.get_current_revision()
+
+
+def _known() -> set[str]:
+    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+
+
+def _quoted(connection: Connection, name: str) -> str:
+    return connection.dialect.identifier_preparer.quote_identifier(name)
 
 
 def _head() -> str | None:

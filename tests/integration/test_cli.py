@@ -1,0 +1,408 @@
+"""The command line as people and scripts meet it: a real process, a real database, a real broker."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from orchestrator import __version__
+from orchestrator.db import Database
+from orchestrator.domain import Node
+from orchestrator.ledger import Ledger
+from orchestrator.schema import SCHEMA
+from tests.support.application import Application, migrated
+from tests.support.postgres import PostgresServer
+from tests.support.processes import Process, children_of, eventually, free_port, process_exists
+
+CANARY: Final = "canary-5ecret"
+_LIMIT: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command that ended has said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:  # noqa: ANN401 -- JSON
+        """Standard output, which must be one JSON document and nothing else."""
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Runs ``python -m orchestrator`` in one environment."""
+
+    directory: Path
+    settings: Mapping[str, str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment with these settings and no others."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("ORCHESTRATOR_")}
+        ours = {f"ORCHESTRATOR_{name}": value for name, value in self.settings.items()}
+        return inherited | ours | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "dumb"}
+
+    def but(self, **settings: str) -> "Shell":
+        """The same with other settings."""
+        return Shell(self.directory, {**self.settings, **settings})
+
+    def __call__(self, *arguments: str) -> Result:
+        """Run a command to its end; none may show a traceback."""
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator", *arguments],
+            env=self.environment,
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_LIMIT,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        assert CANARY not in done.stdout + done.stderr
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def succeed(self, *arguments: str) -> Result:
+        """Run a command that must succeed."""
+        result = self(*arguments)
+        assert result.code == 0, result
+        return result
+
+    def start(self, *arguments: str) -> Process:
+        """Start a command and leave it running."""
+        output = self.directory / f"{uuid4().hex}.out"
+        command = [sys.executable, "-m", "orchestrator", *arguments]
+        return Process(command, output=output, env=self.environment, cwd=self.directory)
+
+
+@pytest.fixture
+def application(database_url: str) -> Application:
+    """A migrated database with the application's tables: task 1 has three sources, one without a config."""
+    application = Application(migrated(database_url))
+    application.create_tables()
+    application.add_task(1, [11, 12, 13])
+    application.add_configs([(101, 11), (102, 12), (103, 13, "disabled")])
+    return application
+
+
+@pytest.fixture
+def shell(application: Application, tmp_path: Path) -> Shell:
+    """The set-up without RabbitMQ: queues live in the database."""
+    return Shell(tmp_path, {"DATABASE_URL": application.url})
+
+
+def _unreachable() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+# --- Usage and configuration ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Shell:
+    """No database at all: these must not need one."""
+    return Shell(tmp_path, {"DATABASE_URL": f"postgresql://u:{CANARY}@{_unreachable()}/nowhere"})
+
+
+def test_version_and_help(bare: Shell) -> None:
+    assert bare.succeed("--version").out == f"orchestrator {__version__}\n"
+    assert "orchestrator run 7 --wait" in bare.succeed("run", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nonsense"], "No such command"),
+        (["run", "seven"], "seven"),
+        (["run", "0"], "task_id must be between 1 and"),
+        (["plan", "0"], "task_id must be between 1 and"),
+        (["run", "99999999999999999999"], "task_id must be between 1 and"),
+        (["run", "1", "--id", "no-uuid"], "no-uuid"),
+        (["analyze", "1", "--theme", " "], "theme_name must not be blank"),
+        (["analyze", "--theme", "news"], "DATA_SOURCE_ID"),
+        (["runs", "--state", "sleeping"], "sleeping"),
+    ],
+)
+def test_wrong_usage_is_explained_and_exits_2(bare: Shell, arguments: list[str], complaint: str) -> None:
+    result = bare(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert complaint in " ".join(result.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", [["runs"], ["run", "1"], ["worker"], ["beat"], ["up"], ["doctor"], ["migrate"]])
+def test_a_malformed_setting_is_one_line_and_exits_2(bare: Shell, command: list[str]) -> None:
+    result = bare.but(DISPATCH__BATCH_SIZE="many")(*command)
+    assert result.code == 2
+    assert result.err.startswith("orchestrator: ORCHESTRATOR_DISPATCH__BATCH_SIZE: ")
+    assert result.err.count("\n") == 1
+
+
+def test_an_unknown_setting_points_to_the_list_which_works_all_the_same(bare: Shell) -> None:
+    shell = bare.but(DATABSE_URL="x")
+    result = shell("runs")
+    assert result.code == 2
+    assert "ORCHESTRATOR_DATABSE_URL: no such setting; `orchestrator doctor --settings`" in result.err
+    listed = {each["variable"]: each for each in shell.succeed("doctor", "--settings", "--json").document["settings"]}
+    assert listed["ORCHESTRATOR_EXTRACTION_QUEUE"]["default"] == "extraction_queue"
+    assert listed["ORCHESTRATOR_BROKER_URL"]["default"] == "pgmq://"
+    assert "ORCHESTRATOR_CATALOG__CRAWL_CONFIGS__ACTIVE" in listed
+
+
+# --- The database is not there, or not ready -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["runs"], ["run", "1"], ["plan", "1"], ["migrate"], ["doctor", "--beat"]])
+def test_an_unreachable_database_is_one_sentence(bare: Shell, command: list[str]) -> None:
+    result = bare(*command)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("orchestrator: PostgreSQL: ")
+    assert result.err.count("\n") == 1
+
+
+def test_a_database_that_is_not_migrated_says_what_to_run(database_url: str, tmp_path: Path) -> None:
+    shell = Shell(tmp_path, {"DATABASE_URL": database_url})
+    result = shell("runs")
+    assert result.code == 1
+    assert "run `orchestrator migrate`" in result.err
+    assert shell.succeed("migrate").out == "the ledger is migrated\n"
+    assert shell.succeed("migrate").out == "the ledger is up to date\n"
+    assert shell.succeed("runs", "--json").document == {"runs": []}
+
+
+def test_missing_rights_are_one_sentence(shell: Shell, postgres_server: PostgresServer) -> None:
+    role = f"reader_{uuid4().hex[:8]}"
+    postgres_server.create_role(role)
+    try:
+        name = shell.settings["DATABASE_URL"].rpartition("/")[2]
+        result = shell.but(DATABASE_URL=postgres_server.url(name, user=role, password=CANARY))("runs")
+    finally:
+        postgres_server.drop_role(role)
+    assert result.code == 1
+    assert "permission denied" in result.err
+    assert result.err.count("\n") == 1
+
+
+# --- Accepting, planning, reading ----------------------------------------------------------------------------------
+
+
+def test_a_run_is_recorded_and_enqueued(application: Application, broker_url: str, tmp_path: Path) -> None:
+    shell = Shell(tmp_path, {"DATABASE_URL": application.url, "BROKER_URL": broker_url})
+    run_id = str(uuid4())
+
+    result = shell.succeed("run", "1", "--id", run_id)
+    assert result.out == f"run {run_id} is enqueued: crawl task 1\n"
+    assert "no living worker consumes orchestrator.crawl" in result.err
+
+    again = shell.succeed("run", "1", "--id", run_id, "--json").document
+    assert again["enqueued"]
+    assert (again["run"]["id"], again["run"]["state"], again["run"]["trigger"]) == (run_id, "queued", "cli")
+    other = shell("run", "2", "--id", run_id)
+    assert other.code == 2
+    assert "belongs to another run already: crawl task 1" in other.err
+    [only] = shell.succeed("runs", "--json").document["runs"]
+    assert only["id"] == run_id
+
+
+def test_without_a_broker_a_run_is_recorded_for_the_pulse(shell: Shell) -> None:
+    result = shell.but(BROKER_URL=f"amqp://u:{CANARY}@{_unreachable()}//").succeed("run", "1", "--json")
+    assert not result.document["enqueued"]
+    assert "the pulse of any worker or beat enqueues it" in result.err
+    assert len(shell.succeed("runs", "--json").document["runs"]) == 1
+
+
+def test_a_plan_tells_what_would_happen_and_does_nothing(application: Application, shell: Shell) -> None:
+    assert shell.succeed("plan", "1", "--json").document == {
+        "task_id": 1,
+        "total": 3,
+        "dispatched": 2,
+        "skipped": 1,
+        "limit": 20,
+        "dispatches": [{"data_source_id": 11, "crawl_config_id": 101}, {"data_source_id": 12, "crawl_config_id": 102}],
+        "skips": [{"data_source_id": 13, "reason": "no_active_config"}],
+    }
+    application.add_task(2, list(range(1, 5001)))
+    large = shell.succeed("plan", "2", "--limit", "3").out
+    assert "crawl task 2: 5000 data sources, 3 to dispatch, 4997 to skip" in large
+    assert "4994 more" in large
+    assert len(large.splitlines()) < 20
+    assert shell.succeed("runs", "--json").document == {"runs": []}
+
+    missing = shell("plan", "9")
+    assert (missing.code, missing.out, missing.err) == (1, "", "orchestrator: there is no crawl task 9\n")
+
+
+def test_runs_are_filtered_and_shown_by_a_prefix(shell: Shell) -> None:
+    crawl = shell.succeed("run", "1", "--json").document["run"]["id"]
+    analyses = shell.succeed("analyze", "5", "6", "5", "--theme", "news \x1b[31m", "--json").document["runs"]
+    assert [(each["data_source_id"], each["theme_name"]) for each in analyses] == [
+        (5, "news \x1b[31m"),
+        (6, "news \x1b[31m"),
+    ]
+    listed = [each["id"] for each in shell.succeed("runs", "--json").document["runs"]]
+    assert listed == [analyses[1]["id"], analyses[0]["id"], crawl]
+    assert [each["id"] for each in shell.succeed("runs", "--task", "1", "--json").document["runs"]] == [crawl]
+    assert len(shell.succeed("runs", "--kind", "site_analysis", "--limit", "1", "--json").document["runs"]) == 1
+    assert shell.succeed("runs", "--state", "failed", "--json").document == {"runs": []}
+    table = shell.succeed("runs").out
+    assert crawl in table
+    assert "\x1b" not in table
+
+    shown = shell.succeed("show", crawl[:8], "--json").document
+    assert shown["run"]["id"] == crawl
+    assert shown["waits_for"].startswith("a worker to take it from orchestrator.crawl; no living worker")
+    assert [event["event"] for event in shown["events"]] == ["run.accepted"]
+    assert "a worker to take it from orchestrator.crawl" in shell.succeed("show", crawl).out
+
+
+def test_a_run_id_must_be_meant(application: Application, shell: Shell) -> None:
+    for last in "12":
+        shell.succeed("run", "1", "--id", f"abcd0000-0000-4000-8000-00000000000{last}")
+    for text, code, complaint in [
+        ("abc", 2, "at least its first 4 hex digits"),
+        ("xyzw", 2, "is no run id"),
+        ("%%%%", 2, "is no run id"),
+        ("abcd0000", 2, "several runs begin with"),
+        (str(uuid4()), 1, "there is no run"),
+    ]:
+        result = shell("show", text)
+        assert (result.code, result.out) == (code, ""), text
+        assert complaint in result.err
+    assert shell.succeed("show", "ABCD0000-0000-4000-8000-000000000002", "--json").document["run"]["task_id"] == 1
+    assert application.url
+
+
+# --- Operating -----------------------------------------------------------------------------------------------------
+
+
+def test_cancel_and_retry_say_what_is_allowed(shell: Shell) -> None:
+    run_id = shell.succeed("run", "1", "--json").document["run"]["id"]
+    early = shell("retry", run_id)
+    assert early.code == 1
+    assert "allowed: cancel" in early.err
+
+    assert "is canceled: crawl task 1" in shell.succeed("cancel", run_id[:8], "--reason", "wrong task").out
+    late = shell("cancel", run_id)
+    assert late.code == 1
+    assert "allowed: run again" in late.err
+    shown = shell.succeed("show", run_id, "--json").document
+    assert shown["waits_for"] == "nothing: it is over"
+    assert "wrong task" in shown["run"]["error_message"]
+
+    again = shell.succeed("retry", run_id, "--json").document["run"]
+    assert (again["retry_of"], again["task_id"], again["state"]) == (run_id, 1, "queued")
+    assert again["id"] != run_id
+    assert "is canceled, which is final" in shell.succeed("retry", run_id).out
+
+
+def test_a_failed_run_goes_back_into_the_queue_as_itself(application: Application, shell: Shell) -> None:
+    run_id = shell.succeed("analyze", "5", "--theme", "news", "--json").document["runs"][0]["id"]
+    with psycopg.connect(application.url) as connection:
+        connection.execute(
+            "UPDATE orchestrator.runs SET state = 'failed', error_code = 'http_404', error_message = 'not there',"
+            " finished_at = now(), wake_at = NULL WHERE id = %s",
+            [run_id],
+        )
+    assert "orchestrator retry" in shell.succeed("show", run_id, "--json").document["waits_for"]
+    revived = shell.succeed("retry", run_id, "--reason", "it is now", "--json").document
+    assert (revived["run"]["id"], revived["run"]["state"], revived["enqueued"]) == (run_id, "queued", True)
+    with psycopg.connect(application.url) as connection:
+        [(actor, reason)] = connection.execute("SELECT actor, reason FROM orchestrator.audit_events").fetchall()
+    assert actor.startswith("cli:")
+    assert reason == "it is now"
+
+
+def test_nodes_are_listed_and_a_beat_is_a_health_check(application: Application, shell: Shell) -> None:
+    assert shell("doctor", "--beat").code == 1
+    database = Database(application.url, SCHEMA)
+    Ledger(database).heartbeat(Node("beat@here", "beat"), "1.2.3")
+    Ledger(database).heartbeat(Node("worker@here", "worker", ("orchestrator.crawl",), 4), "1.2.3")
+    database.close()
+    nodes = {node["name"]: node for node in shell.succeed("workers", "--json").document["nodes"]}
+    assert nodes["worker@here"]["alive"]
+    assert nodes["worker@here"]["queues"] == ["orchestrator.crawl"]
+    assert shell.succeed("doctor", "--beat", "--json").document["ok"]
+    assert "warning" not in shell.succeed("run", "1").err
+
+
+# --- Waiting, and processes ----------------------------------------------------------------------------------------
+
+
+def test_waiting_ends_with_the_run(shell: Shell) -> None:
+    with shell.start("run", "1", "--wait", "--json") as waiting:
+        waiting.await_line("queued", within=_LIMIT)
+        [run] = shell.succeed("runs", "--json").document["runs"]
+        shell.succeed("cancel", run["id"])
+        assert waiting.wait(within=10) == 1
+        assert "canceled" in waiting.text()
+
+
+def test_interrupting_the_wait_leaves_the_run(shell: Shell) -> None:
+    with shell.start("run", "1", "--wait") as waiting:
+        waiting.await_line("queued", within=_LIMIT)
+        waiting.send(signal.SIGINT)
+        assert waiting.wait(within=10) == 130
+        assert "left running; see how it goes: `orchestrator show" in waiting.text()
+    [run] = shell.succeed("runs", "--json").document["runs"]
+    assert run["state"] == "queued"
+
+
+@contextmanager
+def _up(shell: Shell) -> Iterator[Process]:
+    with shell.start("up") as process:
+        process.await_ready(lambda: len(_alive(shell)) == 2, within=_LIMIT, what="a worker and a beat are alive")
+        yield process
+
+
+def _alive(shell: Shell) -> list[str]:
+    return [node["name"] for node in shell.succeed("workers", "--json").document["nodes"] if node["alive"]]
+
+
+def test_up_works_heals_and_stops_in_good_order(application: Application, shell: Shell) -> None:
+    with _up(shell) as process:
+        done = shell.succeed("run", "1", "--wait", "--json").document["run"]
+        assert (done["state"], done["published"], done["skipped"]) == ("succeeded", 2, 1)
+        [beat] = [pid for pid in children_of(process.pid) if b"\0beat\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(beat, signal.SIGKILL)
+        process.await_line("the beat ended with -9; it starts again in 1 s", within=10)
+        eventually(lambda: len(children_of(process.pid)) == 2, within=10, what="the beat runs again")
+        family = children_of(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        assert process.wait(within=30) == 0, process.text()
+        assert "Warm shutdown" in process.text()
+        assert "Cold shutdown" not in process.text()
+        assert not any(map(process_exists, family))
+    assert application.url
+
+
+def test_the_second_interrupt_kills(application: Application, shell: Shell) -> None:
+    with _up(shell) as process:
+        family = [pid for child in children_of(process.pid) for pid in (child, *children_of(child))]
+        for pid in family:
+            os.kill(pid, signal.SIGSTOP)  # a child that does not listen
+        process.send(signal.SIGINT)
+        process.send(signal.SIGTERM)
+        assert process.wait(within=10) == 1
+        eventually(lambda: not any(map(process_exists, family)), within=10, what="all are dead")
+    assert application.url
+
+
+def test_worker_passes_its_arguments_to_celery(shell: Shell) -> None:
+    with shell.start("worker", "-Q", "orchestrator.crawl", "-c", "1", "-n", "named@here") as process:
+        eventually(lambda: "named@here" in _alive(shell), within=_LIMIT, what="the worker shows signs of life")
+        [node] = shell.succeed("workers", "--json").document["nodes"]
+        assert (node["queues"], node["concurrency"]) == (["orchestrator.crawl"], 1)
+        assert process.terminate(within=30) == 0

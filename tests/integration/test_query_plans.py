@@ -1,0 +1,179 @@
+"""Questions that are asked every second, or of millions of rows, are answered from an index."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+from sqlalchemy import event
+
+from orchestrator.domain import RunState
+from orchestrator.insights import Insights
+from tests.support.ledgers import Workbench, template
+from tests.support.postgres import PostgresServer
+
+pytestmark = pytest.mark.timeout(180)
+
+DUE: Final = 30
+TASKS: Final = 500
+RUN: Final = UUID(int=1)
+# 200,000 runs over 200,000 seconds; a tenth is unfinished and waits, a few are due, a few wait for a free call.
+_RUNS: Final = """
+INSERT INTO orchestrator.runs
+    (id, kind, state, trigger, task_id, traceparent, created_at, finished_at, wake_at, error_code, awaits_slot)
+SELECT lpad(to_hex(n), 32, '0')::uuid, 'crawl', state, 'celery', n % 500, 'x', now() - make_interval(secs => n),
+       CASE WHEN state = 'succeeded' THEN now() END,
+       CASE WHEN state = 'running' THEN now() + make_interval(secs => CASE WHEN n <= 300 THEN -1 ELSE 3600 END) END,
+       NULL, CASE WHEN n % 10000 = 10 THEN 'discovery_concurrency' END
+FROM (SELECT n, CASE WHEN n % 10 = 0 THEN 'running' ELSE 'succeeded' END AS state
+      FROM generate_series(1, 200000) AS n) AS made
+"""
+_DISPATCHES: Final = """
+INSERT INTO orchestrator.dispatches (run_id, data_source_id, crawl_config_id, state)
+SELECT lpad(to_hex(run), 32, '0')::uuid, source, source, CASE WHEN source <= 75000 THEN 'published' ELSE 'pending' END
+FROM generate_series(1, 3) AS run, generate_series(1, 100000) AS source
+"""
+
+
+@pytest.fixture(scope="module")
+def bench(postgres_server: PostgresServer) -> Iterator[Workbench]:
+    with template(postgres_server) as name, Workbench.copy_of(postgres_server, name) as bench:
+        with psycopg.connect(bench.url, autocommit=True) as connection:
+            connection.execute(_RUNS)
+            connection.execute(_DISPATCHES)
+            connection.execute("VACUUM ANALYZE orchestrator.runs, orchestrator.dispatches")
+        yield bench
+
+
+class Explained:
+    """How PostgreSQL answers what a call asks: every scan of its statements."""
+
+    def __init__(self, bench: Workbench, call: Callable[[], object]) -> None:
+        asked: list[tuple[str, Any]] = []
+
+        def listen(*seen: Any) -> None:  # noqa: ANN401 -- SQLAlchemy's listener
+            asked.append((seen[2], seen[3]))
+
+        engine = bench.database._engine  # noqa: SLF001 -- to hear what is asked
+        event.listen(engine, "before_cursor_execute", listen)
+        try:
+            call()
+        finally:
+            event.remove(engine, "before_cursor_execute", listen)
+        self.scans: list[dict[str, Any]] = []
+        with psycopg.connect(bench.url, row_factory=dict_row) as connection:
+            for statement, parameters in asked:
+                (row,) = connection.execute("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters).fetchall()
+                self._collect(row["QUERY PLAN"][0]["Plan"])
+            connection.rollback()
+
+    def _collect(self, node: dict[str, Any]) -> None:
+        if "Relation Name" in node or "Index Name" in node:
+            self.scans.append(node)
+        for child in node.get("Plans", []):
+            self._collect(child)
+
+    def assert_by(self, table: str, *indexes: str, looked_at: int) -> None:
+        """Check that a table was read by these indexes only, and that few rows were looked at in vain."""
+        used = set()
+        read = [0]
+        for scan in self.scans:
+            # A bitmap scan is two nodes: the heap's knows the table, the index's knows the index.
+            if scan["Node Type"] == "Bitmap Index Scan" and scan["Index Name"].startswith(table):
+                used.add(scan["Index Name"])
+            elif scan.get("Relation Name") == table and scan["Node Type"] != "Bitmap Heap Scan":
+                used.add(scan.get("Index Name", scan["Node Type"]))
+            if scan.get("Relation Name") == table and scan["Node Type"] != "ModifyTable":
+                read.append(scan["Actual Rows"] + scan.get("Rows Removed by Filter", 0))
+        assert used, self.scans
+        assert used <= set(indexes), self.scans
+        assert max(read) <= looked_at, self.scans
+
+
+class Stop(Exception):  # noqa: N818 -- it is no error
+    """Ends a call before it changes anything."""
+
+
+def test_the_pulse_looks_at_what_is_due_and_at_nothing_else(bench: Workbench) -> None:
+    woken: list[object] = []
+
+    def look(wake_ups: Any) -> None:  # noqa: ANN401 -- counted, not read
+        woken.extend(wake_ups)
+        raise Stop
+
+    def ask() -> None:
+        with pytest.raises(Stop):
+            bench.ledger.wake_due(look, 200)
+
+    explained = Explained(bench, ask)
+
+    assert len(woken) == DUE
+    explained.assert_by("runs", "runs_wake_at_idx", "runs_pkey", "ModifyTable", looked_at=DUE)
+
+
+def test_the_pulse_looks_at_nothing_when_nothing_is_due(bench: Workbench) -> None:
+    with psycopg.connect(bench.url) as connection:
+        connection.execute("UPDATE orchestrator.runs SET wake_at = wake_at + interval '1 hour' WHERE wake_at < now()")
+        connection.commit()
+        try:
+            explained = Explained(bench, lambda: bench.ledger.wake_due(lambda _: None, 200))
+        finally:
+            connection.execute(
+                "UPDATE orchestrator.runs SET wake_at = wake_at - interval '1 hour'"
+                " WHERE wake_at BETWEEN now() + interval '50 minutes' AND now() + interval '3599 seconds'"
+                " AND id <= lpad(to_hex(300), 32, '0')::uuid"
+            )
+
+    explained.assert_by("runs", "runs_wake_at_idx", looked_at=DUE)
+
+
+def test_the_next_run_that_waits_for_a_call_is_found_by_its_index(bench: Workbench) -> None:
+    explained = Explained(bench, bench.ledger.next_waiting)
+
+    explained.assert_by("runs", "runs_awaits_slot_idx", "runs_pkey", "ModifyTable", looked_at=1)
+
+
+def test_the_newest_runs_are_read_off_an_index(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+
+    explained = Explained(bench, lambda: insights.runs(limit=50))
+
+    explained.assert_by("runs", "runs_created_at_id_idx", looked_at=50)
+
+
+def test_the_newest_runs_of_a_task_are_read_off_an_index(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+
+    explained = Explained(bench, lambda: insights.runs(limit=50, task_id=7))
+
+    explained.assert_by("runs", "runs_task_id_created_at_idx", looked_at=200_000 // TASKS)
+
+
+@pytest.mark.parametrize("after", [0, 60_000, 76_000, 98_000])
+def test_a_batch_is_taken_along_the_primary_key(bench: Workbench, after: int) -> None:
+    def take() -> None:
+        with bench.ledger.pending_batch(RUN, limit=1_000, after=after) as batch:
+            assert len(batch.sources) == 1_000
+
+    explained = Explained(bench, take)
+
+    explained.assert_by("dispatches", "dispatches_pkey", looked_at=max(75_000 - after, 0) + 2_000)
+
+
+def test_a_batch_is_marked_along_the_primary_key(bench: Workbench) -> None:
+    def mark() -> None:
+        with bench.ledger.pending_batch(RUN, limit=1_000, after=75_000) as batch:
+            assert batch.mark([]) is RunState.SUCCEEDED
+
+    explained = Explained(bench, mark)
+
+    explained.assert_by("dispatches", "dispatches_pkey", "ModifyTable", looked_at=1_000)
+
+
+def test_one_run_and_its_parts_are_found_by_their_keys(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+
+    Explained(bench, lambda: insights.run(RUN)).assert_by("runs", "runs_pkey", looked_at=1)
+    Explained(bench, lambda: bench.ledger.begin_crawl(RUN)).assert_by("runs", "runs_pkey", "ModifyTable", looked_at=1)
