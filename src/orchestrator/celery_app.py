@@ -86,7 +86,8 @@ def _common() -> dict[str, Any]:
         "worker_concurrency": 4,
         "worker_max_tasks_per_child": 500,
         "worker_max_memory_per_child": 300_000,  # KiB
-        "worker_cancel_long_running_tasks_on_connection_loss": True,
+        # A delivery outlives its broker connection: it notes in the ledger why it stops, and a second one is harmless.
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_soft_shutdown_timeout": 25,
         "worker_consumer": "orchestrator.worker:Consumer",
         "worker_hijack_root_logger": False,

@@ -184,7 +184,7 @@ def reduce_to_wake_up(message: Message) -> None:
 
 
 def _vet(facts: dict[str, Any], body: object) -> None:
-    if facts["task"] not in _OURS:
+    if not isinstance(facts["task"], str) or facts["task"] not in _OURS:
         raise _UndeliverableError(f"unknown task {str(facts['task'])[:200]!r}")
     task_id = facts.get("id")
     if not isinstance(task_id, str) or not 1 <= len(task_id) <= _LONGEST_ID:

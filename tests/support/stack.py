@@ -227,7 +227,7 @@ class Stack:
 def drain(url: str, queue: str) -> list[Extraction]:
     """Consume all that is in a RabbitMQ queue, by a plain AMQP client."""
     messages: list[Extraction] = []
-    with _amqp(url) as connection:
+    with amqp_connection(url) as connection:
         channel = connection.channel()
         while (message := channel.basic_get(queue, no_ack=True)) is not None:
             raw = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
@@ -238,12 +238,13 @@ def drain(url: str, queue: str) -> list[Extraction]:
 
 def queue_depth(url: str, queue: str) -> int:
     """Return how many messages are ready in a RabbitMQ queue."""
-    with _amqp(url) as connection:
+    with amqp_connection(url) as connection:
         depth: int = connection.channel().queue_declare(queue, passive=True).message_count
         return depth
 
 
-def _amqp(url: str) -> amqp.Connection:
+def amqp_connection(url: str) -> amqp.Connection:
+    """Return a plain AMQP connection, to be entered."""
     parts = parse_url(url)
     return amqp.Connection(
         host=f"{parts['hostname']}:{parts['port']}",

@@ -1,0 +1,141 @@
+"""Poison: nothing that stands in a queue ends a worker, holds up a good message, or is silently gone."""
+
+import json
+from random import Random
+from typing import Any, Final
+from uuid import uuid4
+
+import amqp
+
+from tests.faults.conftest import ROUNDS, StackFactory
+from tests.support.processes import eventually
+from tests.support.stack import ANALYSIS_TASK, CRAWL_TASK, Stack, amqp_connection, drain, queue_depth
+
+MESSAGES: Final = max(300, 50 * ROUNDS)
+DEAD: Final = "orchestrator.dead"
+
+ODD_VALUES: Final[list[Any]] = [
+    *(None, True, False, 0, -1, 1.5, 2**63, 2**70, -(2**63)),
+    *("", " ", "7", "x" * 300, "\u0000", "\ud800", "💥", "'; DROP TABLE crawl_tasks; --"),
+    *([], {}, [1], {"task_id": 1}, [[[]]], {"$": {"$": {}}}),
+]
+
+
+def headers(task: object, celery_id: object) -> dict[str, Any]:
+    return {"lang": "py", "task": task, "id": celery_id, "root_id": celery_id, "argsrepr": "()", "kwargsrepr": "{}"}
+
+
+def wrong_arguments(random: Random) -> tuple[bytes, dict[str, Any]]:
+    """A task message as a client would send it, with arguments of every wrong kind: becomes a failed run."""
+    task = random.choice([CRAWL_TASK, ANALYSIS_TASK])
+    args = [random.choice(ODD_VALUES) for _ in range(random.randrange(4))]
+    kwargs = {name: random.choice(ODD_VALUES) for name in random.sample(["task_id", "theme_name", "zzz"], 1)}
+    body = json.dumps([args, kwargs, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]).encode()
+    return body, {
+        "application_headers": headers(task, str(uuid4())),
+        "content_type": "application/json",
+        "content_encoding": "utf-8",
+    }
+
+
+def undeliverable(random: Random) -> tuple[bytes, dict[str, Any]]:
+    """A message that no task can take: becomes a dead letter, as it came."""
+    good = json.dumps([[1], {}, {}]).encode()
+    json_type = {"content_type": "application/json", "content_encoding": "utf-8"}
+    mine = headers(CRAWL_TASK, str(uuid4()))
+    return random.choice(
+        [
+            (b"{not json", {**json_type, "application_headers": mine}),
+            (b"\xff\xfe\x00", {**json_type, "application_headers": mine}),
+            (b"", {**json_type, "application_headers": mine}),
+            (good, {"application_headers": mine, "content_type": "application/x-python-serialize"}),
+            (good, {"application_headers": mine, "content_type": "no/such", "content_encoding": "nonsense"}),
+            (good, {**json_type, "application_headers": headers("orchestrator.tasks.nope", str(uuid4()))}),
+            (good, {**json_type, "application_headers": headers("os.system", str(uuid4()))}),
+            (good, {**json_type, "application_headers": headers(CRAWL_TASK, random.choice([None, 5, "", "x" * 600]))}),
+            (good, {**json_type, "application_headers": headers(random.choice([None, 5, [], {}]), str(uuid4()))}),
+            (good, json_type),
+            (json.dumps(random.choice(ODD_VALUES)).encode(errors="replace"), {**json_type, "application_headers": mine}),
+            (json.dumps([[1], {}]).encode(), {**json_type, "application_headers": mine}),
+            (json.dumps({"task": CRAWL_TASK}).encode(), json_type),
+            (json.dumps({"task": CRAWL_TASK, "id": 3, "args": [1], "kwargs": {}}).encode(), json_type),
+        ]
+    )
+
+
+def publish(stack: Stack, body: bytes, properties: dict[str, Any], queue: str) -> None:
+    assert stack.broker is not None
+    with amqp_connection(stack.broker) as connection:
+        connection.channel().basic_publish(amqp.Message(body, **properties), routing_key=queue)
+
+
+def test_generated_bad_messages(make_rabbitmq: StackFactory, random: Random) -> None:
+    stack = make_rabbitmq()
+    assert stack.broker is not None
+    stack.application.add_task(1, [])
+    worker = stack.worker()
+    recorded = buried = 0
+
+    for number in range(MESSAGES):
+        dead = random.random() < 0.5
+        body, properties = undeliverable(random) if dead else wrong_arguments(random)
+        recorded, buried = recorded + (not dead), buried + dead
+        publish(stack, body, properties, random.choice(["orchestrator.crawl", "orchestrator.analysis"]))
+        if number % 50 == 0:
+            assert stack.await_run(stack.crawl(1))["state"] == "succeeded"
+
+    assert stack.await_run(stack.crawl(1))["state"] == "succeeded"
+
+    def failed_runs() -> int:
+        (row,) = stack.query("SELECT count(*) FROM orchestrator.runs WHERE error_code = 'invalid_arguments'")
+        count: int = row["count"]
+        return count
+
+    broker = stack.broker
+    eventually(
+        lambda: (failed_runs(), queue_depth(broker, DEAD)) == (recorded, buried),
+        within=30,
+        what=f"{recorded} failed runs and {buried} dead letters; the ledger has {failed_runs()}",
+    )
+    assert worker.running
+    assert {queue: queue_depth(broker, queue) for queue in ("orchestrator.crawl", "orchestrator.analysis")} == {
+        "orchestrator.crawl": 0,
+        "orchestrator.analysis": 0,
+    }
+
+
+def test_five_megabytes_of_argument_are_a_failed_run(make_rabbitmq: StackFactory) -> None:
+    stack = make_rabbitmq()
+    stack.worker()
+
+    run = stack.await_run(stack.analyse(1, "x" * 5_000_000))
+
+    assert (run["state"], run["error_code"]) == ("failed", "invalid_arguments")
+    assert len(run["error_message"]) < 1_000
+
+
+def test_a_dead_letter_is_as_it_came_and_says_why(make_rabbitmq: StackFactory) -> None:
+    stack = make_rabbitmq()
+    assert stack.broker is not None
+    worker = stack.worker()
+    broker = stack.broker
+
+    publish(
+        stack,
+        b'[[1], {}, {"callbacks": null}]',
+        {
+            "application_headers": headers("shop.tasks.ship", "abc"),
+            "content_type": "application/json",
+            "content_encoding": "utf-8",
+        },
+        "orchestrator.crawl",
+    )
+
+    eventually(lambda: queue_depth(broker, DEAD) == 1, within=20, what="one dead letter")
+    (letter,) = drain(broker, DEAD)
+    assert letter.raw == b'[[1], {}, {"callbacks": null}]'
+    facts = letter.properties["application_headers"]
+    assert "shop.tasks.ship" in facts["x-orchestrator-reason"]
+    assert json.loads(facts["x-original-headers"])["id"] == "abc"
+    assert facts["x-orchestrator-queue"] == "orchestrator.crawl"
+    assert worker.running
