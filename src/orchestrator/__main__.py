@@ -4,10 +4,12 @@ Above :mod:`orchestrator.cli` in the layers, so that what builds on the command 
 """
 
 from orchestrator import cli
+from orchestrator.demo import demo
 
 
 def main() -> None:
     """Run the command line and exit."""
+    cli.app.command("demo")(demo)
     cli.main()
 
 

@@ -575,7 +575,8 @@ def show(run_id: RunId, *, limit: Limit = _SHOWN, as_json: AsJson = False) -> No
         shown = {"waits_for": waits_for, "attempts": attempts, "events": events, "skip_reasons": reasons}
         _document({"run": _run_document(view)} | shown | {"skips": skips})
         return
-    _table(["run", str(view.id)], [*_facts(view), ("waits for", waits_for)])
+    skipped = [("skipped because", f"{reason}: {count}") for reason, count in reasons.items()]
+    _table(["run", str(view.id)], [*_facts(view), *skipped, ("waits for", waits_for)])
     if attempts:
         columns = ["number", "started_at", "outcome", "status", "seconds", "code", "message", "next_attempt_at"]
         _table(columns, [tuple(each[name] for name in columns) for each in attempts], title="calls to Discovery")

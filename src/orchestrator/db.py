@@ -14,7 +14,12 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from orchestrator.errors import DatabaseUnavailableError, NotMigratedError, OrchestratorError
+from orchestrator.errors import (
+    DatabaseRightsError,
+    DatabaseUnavailableError,
+    NotMigratedError,
+    OrchestratorError,
+)
 from orchestrator.schema import SCHEMA
 
 CONNECT_TIMEOUT: Final = 5  # seconds
@@ -25,7 +30,12 @@ _SESSION: Final = {
     "timezone": "UTC",
 }
 # The statement was fine and the server is not: down, starting, full, read-only, or it asked us to try again.
-_TRANSIENT: Final = (psycopg.OperationalError, psycopg.InterfaceError, pg.ReadOnlySqlTransaction)
+_TRANSIENT: Final = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    pg.ReadOnlySqlTransaction,
+    pg.IdleInTransactionSessionTimeout,
+)
 
 
 class Database:
@@ -49,6 +59,7 @@ class Database:
             DatabaseUnavailableError: the server cannot be reached or cannot serve right now. The commit may
                 have happened all the same: callers repeat, and every statement of ours may be repeated.
             NotMigratedError: a table of the ledger is missing or older than this code.
+            DatabaseRightsError: our role may not do what it has to.
         """
         with translated_errors(), self._engine.begin() as connection:
             yield connection
@@ -109,6 +120,8 @@ def translated_errors() -> Iterator[None]:
 def _translate(error: BaseException | None) -> OrchestratorError | None:
     if isinstance(error, pg.UndefinedTable | pg.UndefinedColumn | pg.InvalidSchemaName):
         return NotMigratedError(f"{_first_line(error)}; run `orchestrator migrate`")
+    if isinstance(error, pg.InsufficientPrivilege):
+        return DatabaseRightsError(f"{_first_line(error)}; deploy/postgresql/grants.sql has the rights that are needed")
     if isinstance(error, _TRANSIENT):
         return DatabaseUnavailableError(f"PostgreSQL: {_first_line(error)}")
     return None

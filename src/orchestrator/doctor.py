@@ -219,14 +219,23 @@ def _ledger(services: Services) -> Iterator[Finding]:
     yield Finding("ledger", Status.OK, f"schema {services.database.schema} is migrated")
 
 
+_PGMQ: Final = """
+SELECT count(*) > 0, coalesce(bool_and(has_schema_privilege(relnamespace, 'USAGE')), false)
+FROM pg_class WHERE relname = 'meta' AND relnamespace = to_regnamespace('pgmq')
+"""
+
+
 def _queues(services: Services) -> Iterator[Finding]:
     settings = services.settings
     if "pgmq" not in {settings.broker_transport, settings.extraction_transport}:
         return
     with services.database.transaction() as connection:
-        installed = connection.exec_driver_sql("SELECT to_regclass('pgmq.meta') IS NOT NULL").scalar_one()
+        installed, usable = connection.exec_driver_sql(_PGMQ).one()
     if not installed:
         yield Finding("pgmq", Status.FAIL, "PGMQ is not installed in the database", "run `orchestrator migrate`")
+    elif not usable:
+        remedy = "GRANT ALL ON SCHEMA pgmq, and on all tables and sequences in it, to the role"
+        yield Finding("pgmq", Status.FAIL, "the role may not use the schema pgmq", remedy)
     elif find_spec("pgmq") is None:
         remedy = "pip install 'task-orchestrator[embedded]'"
         yield Finding("pgmq", Status.FAIL, "the Python package pgmq is missing", remedy)

@@ -11,6 +11,7 @@
     │   └── IllegalTransitionError        the run's state does not allow it
     └── TransientError                wait and try again; nothing is lost meanwhile
         ├── DatabaseUnavailableError      PostgreSQL is down, restarting or not migrated yet
+        ├── DatabaseRightsError           our role lacks a right on our own tables
         ├── NotMigratedError              the ledger's tables are missing or older than this code
         └── PublishError                  the broker did not confirm
             ├── BrokerUnreachableError        no connection, or it broke
@@ -92,6 +93,12 @@ class DatabaseUnavailableError(TransientError):
     """PostgreSQL cannot be reached or cannot serve right now."""
 
     code = "database_unavailable"
+
+
+class DatabaseRightsError(TransientError):
+    """Our role lacks a right on our own tables; work goes on once it is granted."""
+
+    code = "database_rights"
 
 
 class NotMigratedError(TransientError):

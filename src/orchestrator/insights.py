@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Row, Select, Text, func, select
+from sqlalchemy import Row, Select, func, select
 
 from orchestrator.db import Database
 from orchestrator.domain import DispatchState, RunKind, RunState
@@ -37,9 +37,12 @@ class RunView:
     attempts: int
     error_code: str | None
     error_message: str | None
+    awaits_slot: str | None
     created_at: datetime
+    enqueued_at: datetime | None
     started_at: datetime | None
     next_attempt_at: datetime | None
+    wake_at: datetime | None
     finished_at: datetime | None
     retry_of: UUID | None
     traceparent: str
@@ -114,15 +117,10 @@ class Insights:
             return connection.scalar(select(func.count()).where(runs.c.id.in_(run_ids), ~over)) or 0
 
     def matching(self, prefix: str, limit: int = 2) -> list[UUID]:
-        """Return ids of runs that begin with a prefix, so that people may shorten them."""
+        """Return ids of runs that begin with some hex digits, so that people may shorten them."""
+        first, last = UUID(prefix.ljust(32, "0")), UUID(prefix.ljust(32, "f"))
         with self._database.transaction() as connection:
-            return list(
-                connection.scalars(
-                    select(runs.c.id)
-                    .where(func.replace(runs.c.id.cast(Text), "-", "").startswith(prefix, autoescape=True))
-                    .limit(limit)
-                )
-            )
+            return list(connection.scalars(select(runs.c.id).where(runs.c.id.between(first, last)).limit(limit)))
 
     def attempts(self, run_id: UUID) -> list[dict[str, Any]]:
         """Return every call that a run made to the Discovery Service, oldest first."""

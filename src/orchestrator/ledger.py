@@ -250,6 +250,7 @@ class Ledger:
             after: take rows whose data source id is greater.
         """
         with self._database.transaction() as connection:
+            connection.execute(_ALONG_THE_KEY)
             rows = connection.execute(_TAKE, {"run": run_id, "after": after, "limit": limit}).all()
             yield PendingBatch(run_id, [(row.data_source_id, row.crawl_config_id) for row in rows], connection)
 
@@ -461,44 +462,50 @@ class Ledger:
     # --- The pulse -----------------------------------------------------------------------------------------
 
     def wake_due(self, enqueue: Callable[[Sequence[WakeUp]], None], limit: int) -> int | None:
-        """Enqueue a wake-up for each run that is due, oldest first; one process at a time.
+        """Enqueue a wake-up for each run that is due, oldest first; one process at a time looks for them.
 
-        The wake-ups are enqueued before the commit: a crash between the two wakes a run twice, which only
-        adds a helper. When ``enqueue`` raises, nothing is noted and the next round tries again.
+        No lock is held while the broker is spoken to. When ``enqueue`` raises, the runs are due again at once;
+        a crash before that costs them one silence.
 
         Returns:
-            how many runs were due, at most ``limit``; none when another process is at it.
+            how many runs were due, at most ``limit``; none when another process is looking.
         """
         with self._database.transaction() as connection:
             if not connection.scalar(select(func.pg_try_advisory_xact_lock(self._lock_key("pulse")))):
                 return None
-            due = connection.execute(
-                select(runs)
-                .where(runs.c.wake_at <= _now)
-                .order_by(runs.c.wake_at)
-                .limit(limit)
-                .with_for_update(skip_locked=True)
-            ).all()
-            for run in due:
-                if run.state == RunState.CANCELED:
-                    _skip_pending(connection, run.id)
-            waking = [run for run in due if run.state in UNFINISHED and not _complete_if_done(connection, run)]
-            if waking:
-                connection.execute(
-                    update(runs)
-                    .where(runs.c.id.in_([run.id for run in waking]))
-                    .values(
-                        wakes=runs.c.wakes + 1,
-                        enqueued_at=func.coalesce(runs.c.enqueued_at, _clock),
-                        wake_at=_in(func.least(LONGEST_SILENCE, SILENCE * func.power(2, func.least(runs.c.wakes, 10)))),
-                    )
-                )
-                enqueue([_wake_up(run) for run in waking])
-            return len(due)
+            due, waking = _claim_due(connection, limit)
+        if waking:
+            try:
+                enqueue(waking)
+            except OrchestratorError:
+                self._give_back(waking)
+                raise
+            self.mark_enqueued([wake_up.run_id for wake_up in waking])
+        return due
 
-    def heartbeat(self, node: Node, version: str) -> None:
-        """Write a node's sign of life, on the database's clock."""
-        values = {"kind": node.kind, "version": version, "queues": list(node.queues), "concurrency": node.concurrency}
+    def _give_back(self, waking: Sequence[WakeUp]) -> None:
+        """Make runs due again whose wake-up may not have been sent; one that was delivered is left alone."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                update(runs)
+                .where(
+                    runs.c.id.in_([wake_up.run_id for wake_up in waking]),
+                    runs.c.state.in_(UNFINISHED),
+                    runs.c.wakes > 0,
+                )
+                .values(wakes=runs.c.wakes - 1, wake_at=_clock)
+            )
+
+    def heartbeat(self, node: Node, version: str, *, first: bool = False) -> None:
+        """Write a node's sign of life, on the database's clock; its first one says since when it runs."""
+        values: dict[str, object] = {
+            "kind": node.kind,
+            "version": version,
+            "queues": list(node.queues),
+            "concurrency": node.concurrency,
+        }
+        if first:
+            values |= {"started_at": _clock}
         with self._database.transaction() as connection:
             connection.execute(
                 upsert(nodes)
@@ -529,6 +536,9 @@ _TAKE: Final = (
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True)
 )
+# A plan that was just made has no statistics yet. Taken for a few rows, all that is left of it would be fetched and
+# sorted for each batch: measured 11 s instead of 2.6 s for 300,000 sources, and it grows with the square.
+_ALONG_THE_KEY: Final = select(func.set_config("enable_sort", "off", literal(value=True)))
 _MARK: Final = (
     update(dispatches)
     .where(
@@ -757,6 +767,29 @@ def _skip_pending(connection: Connection, run_id: UUID) -> int:
         .values(skipped=runs.c.skipped + skipped, wake_at=_in(ENQUEUE_GRACE) if left else None)
     )
     return skipped
+
+
+def _claim_due(connection: Connection, limit: int) -> tuple[int, list[WakeUp]]:
+    """Take what is due; return how many that were, and the wake-ups to send, each not due again for a while."""
+    due = connection.execute(
+        select(runs)
+        .where(runs.c.wake_at <= _now)
+        .order_by(runs.c.wake_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for run in due:
+        if run.state == RunState.CANCELED:
+            _skip_pending(connection, run.id)
+    waking = [run for run in due if run.state in UNFINISHED and not _complete_if_done(connection, run)]
+    if waking:
+        backoff = func.least(LONGEST_SILENCE, SILENCE * func.power(2, func.least(runs.c.wakes, 10)))
+        connection.execute(
+            update(runs)
+            .where(runs.c.id.in_([run.id for run in waking]))
+            .values(wakes=runs.c.wakes + 1, wake_at=_in(backoff))
+        )
+    return len(due), [_wake_up(run) for run in waking]
 
 
 def _complete_if_done(connection: Connection, run: Row[Any]) -> bool:

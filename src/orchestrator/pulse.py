@@ -71,7 +71,7 @@ class Pulse:
 
     def _show_life(self) -> None:
         if monotonic() - self._seen_at >= HEARTBEAT:
-            self._ledger.heartbeat(self._node, __version__)
+            self._ledger.heartbeat(self._node, __version__, first=self._seen_at < 0)
             self._seen_at = monotonic()
 
     def _wake(self) -> None:

@@ -94,7 +94,14 @@ runs: Final = Table(
     Index("runs_wake_at_idx", "wake_at", postgresql_where=text("wake_at IS NOT NULL")),
     Index("runs_awaits_slot_idx", "created_at", postgresql_where=text("awaits_slot IS NOT NULL")),
     Index("runs_created_at_id_idx", "created_at", "id"),
+    Index("runs_state_created_at_id_idx", "state", "created_at", "id"),
     Index("runs_task_id_created_at_idx", "task_id", "created_at", postgresql_where=text("task_id IS NOT NULL")),
+    Index(
+        "runs_data_source_id_created_at_idx",
+        "data_source_id",
+        "created_at",
+        postgresql_where=text("data_source_id IS NOT NULL"),
+    ),
 )
 
 # No foreign key: 100,000 rows are inserted at a time, by one statement that holds the run's row locked.

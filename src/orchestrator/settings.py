@@ -14,6 +14,9 @@ from typing import Annotated, Final, Literal, Self
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
+import psycopg
+from kombu.utils.url import url_to_parts
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
@@ -50,17 +53,39 @@ def _http_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must be an http:// or https:// address")
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError("has no readable port") from None
     return value
 
 
 def _url_of(*schemes: str) -> AfterValidator:
     def check(value: SecretStr) -> SecretStr:
-        scheme, separator, _ = value.get_secret_value().partition("://")
+        address = value.get_secret_value()
+        scheme, separator, _ = address.partition("://")
         if not separator or scheme not in schemes:
             raise ValueError(f"must start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+        if not _is_readable(address):
+            # Found here, for drivers quote what they cannot read, and that may be half of a password.
+            raise ValueError("cannot be read: special characters in user name and password are percent-encoded")
         return value
 
     return AfterValidator(check)
+
+
+def _is_readable(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        if parts.scheme.startswith("postgres"):
+            ports = str(conninfo_to_dict(address).get("port") or "").split(",")
+            if not all(port.isdecimal() or not port for port in ports):
+                return False
+        else:
+            url_to_parts(address)
+    except (ValueError, psycopg.Error):
+        return False
+    return "@" not in parts.path + parts.query + parts.fragment
 
 
 Identifier = Annotated[str, AfterValidator(_identifier)]
@@ -75,11 +100,11 @@ class CrawlTasksMapping(_Section):
     """Where crawl tasks stand in the application's database. Columns marked optional may be absent."""
 
     schema_name: Identifier | None = Field(None, alias="schema", description="unset: the search path")
-    table: Identifier = "crawl_tasks"
-    id: Identifier = "id"
-    data_source_ids: Identifier = "data_source_ids"
-    schedule: Identifier = "schedule"
-    is_active: Identifier = "is_active"
+    table: Identifier = Field("crawl_tasks", description="table or view")
+    id: Identifier = Field("id", description="integer column")
+    data_source_ids: Identifier = Field("data_source_ids", description="column: array of integers, json or jsonb")
+    schedule: Identifier = Field("schedule", description="text column")
+    is_active: Identifier = Field("is_active", description="boolean column; governs schedules only")
     updated_at: Identifier = Field("updated_at", description="optional column")
     name: Identifier = Field("name", description="optional column")
     timezone: Identifier = Field("timezone", description="optional column")
@@ -91,11 +116,11 @@ class CrawlConfigsMapping(_Section):
     """Where crawl configs stand in the application's database, which are active, which is the latest."""
 
     schema_name: Identifier | None = Field(None, alias="schema", description="unset: the search path")
-    table: Identifier = "crawl_configs"
-    id: Identifier = "id"
-    data_source_id: Identifier = "data_source_id"
-    status: Identifier = "status"
-    created_at: Identifier = "created_at"
+    table: Identifier = Field("crawl_configs", description="table or view")
+    id: Identifier = Field("id", description="integer column")
+    data_source_id: Identifier = Field("data_source_id", description="integer column; have an index on it")
+    status: Identifier = Field("status", description="text column; not read when ACTIVE is set")
+    created_at: Identifier = Field("created_at", description="timestamp column; not read when LATEST is set")
     active: str | None = Field(
         None,
         description="SQL condition on a row of the table; default: the status column equals 'active'",
@@ -125,7 +150,7 @@ class DispatchSettings(_Section):
 class LogSettings(_Section):
     """What is logged, and how."""
 
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level that is logged")
     format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: console on a terminal, else one JSON object a line"
     )
@@ -156,14 +181,20 @@ class Settings(BaseSettings):
     extraction_url: Annotated[SecretStr, _url_of("amqp", "amqps", "pgmq")] | None = Field(
         None, description="where extraction messages go; unset: the broker"
     )
-    extraction_queue: str = Field("extraction_queue", min_length=1, max_length=200)
-    discovery_url: Annotated[str, AfterValidator(_http_url)] = "http://discovery-svc/discover"
+    extraction_queue: str = Field(
+        "extraction_queue", min_length=1, max_length=200, description="the Extractor Service's queue"
+    )
+    discovery_url: Annotated[str, AfterValidator(_http_url)] = Field(
+        "http://discovery-svc/discover", description="where site analyses are posted to"
+    )
     discovery_timeout: Seconds = Field(10.0, le=30, description="one whole call")
-    discovery_max_retries: int = Field(3, ge=0, le=100)
+    discovery_max_retries: int = Field(3, ge=0, le=100, description="calls after the first")
     discovery_retry_delay: Seconds = Field(60.0, description="base of the exponential backoff")
     discovery_max_delay: Seconds = Field(3_600.0, description="longest wait, Retry-After included")
     discovery_concurrency: int = Field(16, ge=1, le=10_000, description="calls under way at once, all workers")
-    timezone: Annotated[str, AfterValidator(_time_zone)] = "UTC"
+    timezone: Annotated[str, AfterValidator(_time_zone)] = Field(
+        "UTC", description="IANA time zone of schedules that name none"
+    )
     schema_name: Identifier = Field("orchestrator", alias="schema", description="the ledger's own schema")
     state_dir: Path | None = Field(
         None, description="embedded PostgreSQL's data; unset: the XDG state directory, or /var/lib as root"

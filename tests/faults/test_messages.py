@@ -43,24 +43,26 @@ def undeliverable(random: Random) -> tuple[bytes, dict[str, Any]]:
     good = json.dumps([[1], {}, {}]).encode()
     json_type = {"content_type": "application/json", "content_encoding": "utf-8"}
     mine = headers(CRAWL_TASK, str(uuid4()))
-    return random.choice(
-        [
-            (b"{not json", {**json_type, "application_headers": mine}),
-            (b"\xff\xfe\x00", {**json_type, "application_headers": mine}),
-            (b"", {**json_type, "application_headers": mine}),
-            (good, {"application_headers": mine, "content_type": "application/x-python-serialize"}),
-            (good, {"application_headers": mine, "content_type": "no/such", "content_encoding": "nonsense"}),
-            (good, {**json_type, "application_headers": headers("orchestrator.tasks.nope", str(uuid4()))}),
-            (good, {**json_type, "application_headers": headers("os.system", str(uuid4()))}),
-            (good, {**json_type, "application_headers": headers(CRAWL_TASK, random.choice([None, 5, "", "x" * 600]))}),
-            (good, {**json_type, "application_headers": headers(random.choice([None, 5, [], {}]), str(uuid4()))}),
-            (good, json_type),
-            (json.dumps(random.choice(ODD_VALUES)).encode(errors="replace"), {**json_type, "application_headers": mine}),
-            (json.dumps([[1], {}]).encode(), {**json_type, "application_headers": mine}),
-            (json.dumps({"task": CRAWL_TASK}).encode(), json_type),
-            (json.dumps({"task": CRAWL_TASK, "id": 3, "args": [1], "kwargs": {}}).encode(), json_type),
-        ]
-    )
+    letters: list[tuple[bytes, dict[str, Any]]] = [
+        (b"{not json", {**json_type, "application_headers": mine}),
+        (b"\xff\xfe\x00", {**json_type, "application_headers": mine}),
+        (b"", {**json_type, "application_headers": mine}),
+        (good, {"application_headers": mine, "content_type": "application/x-python-serialize"}),
+        (good, {"application_headers": mine, "content_type": "no/such", "content_encoding": "nonsense"}),
+        (good, {**json_type, "application_headers": headers("orchestrator.tasks.nope", str(uuid4()))}),
+        (good, {**json_type, "application_headers": headers("os.system", str(uuid4()))}),
+        (good, {**json_type, "application_headers": headers(CRAWL_TASK, random.choice([None, 5, "", "x" * 600]))}),
+        (good, {**json_type, "application_headers": headers(random.choice([None, 5, [], {}]), str(uuid4()))}),
+        (good, json_type),
+        (
+            json.dumps(random.choice(ODD_VALUES)).encode(errors="replace"),
+            {**json_type, "application_headers": mine},
+        ),
+        (json.dumps([[1], {}]).encode(), {**json_type, "application_headers": mine}),
+        (json.dumps({"task": CRAWL_TASK}).encode(), json_type),
+        (json.dumps({"task": CRAWL_TASK, "id": 3, "args": [1], "kwargs": {}}).encode(), json_type),
+    ]
+    return random.choice(letters)
 
 
 def publish(stack: Stack, body: bytes, properties: dict[str, Any], queue: str) -> None:

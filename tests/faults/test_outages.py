@@ -32,9 +32,7 @@ def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG
 @pytest.fixture
 def stack(postgres: PostgresServer, rabbitmq: RabbitMQServer, tmp_path: Path) -> Iterator[Stack]:
     """Set-up 2 on servers of the test's own."""
-    stack = Stack.on_rabbitmq(
-        postgres.create_database("outage"), rabbitmq.url, tmp_path, DISPATCH__BATCH_SIZE="25"
-    )
+    stack = Stack.on_rabbitmq(postgres.create_database("outage"), rabbitmq.url, tmp_path, DISPATCH__BATCH_SIZE="25")
     stack.prepare()
     stack.application.add_sources(SOURCES)
     stack.application.add_task(1, ALL)
@@ -97,7 +95,9 @@ def test_both_are_away_at_start(stack: Stack, postgres: PostgresServer, rabbitmq
     stack.assert_exactly_once_in_effect(run_id, ALL)
 
 
-def test_a_database_not_yet_migrated_is_waited_for(postgres: PostgresServer, rabbitmq: RabbitMQServer, tmp_path: Path) -> None:
+def test_a_database_not_yet_migrated_is_waited_for(
+    postgres: PostgresServer, rabbitmq: RabbitMQServer, tmp_path: Path
+) -> None:
     stack = Stack.on_rabbitmq(postgres.create_database("bare"), rabbitmq.url, tmp_path)
     worker = stack.start("celery", "-A", "orchestrator.celery_app", "worker", "-c", "1", "-n", "early@test")
     worker.await_line("run `orchestrator migrate`", within=30)

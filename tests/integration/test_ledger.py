@@ -36,6 +36,7 @@ from orchestrator.errors import (
     BrokerBlockedError,
     BrokerUnreachableError,
     CrawlTaskNotFoundError,
+    DatabaseUnavailableError,
     IllegalTransitionError,
     InvalidArgumentsError,
     RunNotFoundError,
@@ -44,6 +45,7 @@ from orchestrator.ledger import LONGEST_SILENCE, MAX_STALLS, SILENCE
 from orchestrator.queues import Publisher, Receipt
 from tests.support.ledgers import LEASE, NODE, Workbench, sources_of, template
 from tests.support.postgres import PostgresServer
+from tests.support.processes import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -466,6 +468,26 @@ def test_a_batch_that_breaks_off_leaves_its_rows_to_others(bench: Workbench) -> 
     assert bench.publish(run_id) == [1, 2, 3, 4, 5]
 
 
+def test_a_worker_that_froze_with_a_batch_in_hand_is_told_to_try_again(bench: Workbench) -> None:
+    run_id = bench.planned(3)
+
+    def thaw_too_late() -> None:
+        with bench.ledger.pending_batch(run_id, limit=3, after=0) as batch:
+            pid = batch.transaction.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+            batch.transaction.exec_driver_sql("SET idle_in_transaction_session_timeout = '10ms'")
+            eventually(
+                lambda: not bench.query("SELECT pid FROM pg_stat_activity WHERE pid = %s", pid),
+                within=10,
+                what="PostgreSQL ends the frozen session",
+            )
+            batch.mark([1, 2, 3])
+
+    with pytest.raises(DatabaseUnavailableError):
+        thaw_too_late()
+
+    assert bench.publish(run_id) == [1, 2, 3]
+
+
 def test_of_two_that_hold_the_last_two_batches_exactly_one_completes_the_run(bench: Workbench) -> None:
     for _ in range(25):
         run_id = bench.planned(2)
@@ -832,18 +854,32 @@ def test_the_oldest_are_woken_first_and_never_more_than_the_limit(bench: Workben
     assert rounds == [run_ids[:2:-1], run_ids[2:0:-1], run_ids[:1], []]
 
 
-def test_while_one_process_wakes_a_second_one_leaves_it_alone(bench: Workbench) -> None:
+def test_while_one_process_looks_for_due_runs_a_second_one_leaves_it_alone(bench: Workbench) -> None:
     run_id = bench.accept()
     bench.rewind(run_id, SILENCE)
-    meanwhile: list[int | None] = []
 
-    bench.ledger.wake_due(lambda _: meanwhile.append(bench.ledger.wake_due(bench.woken.extend, 10)), 10)
+    with psycopg.connect(bench.url) as first:
+        first.execute("SELECT pg_advisory_xact_lock(hashtextextended('orchestrator:orchestrator:pulse', 0))")
+        assert bench.ledger.wake_due(bench.woken.extend, 10) is None
 
-    assert meanwhile == [None]
-    assert bench.woken == []
+    assert bench.wake() == [run_id]
 
 
-def test_a_wake_up_that_could_not_be_sent_is_not_noted(bench: Workbench) -> None:
+def test_while_wake_ups_are_being_sent_their_runs_are_not_locked_and_not_due(bench: Workbench) -> None:
+    run_id = bench.accept()
+    bench.rewind(run_id, SILENCE)
+    meanwhile: list[object] = []
+
+    def send(_: object) -> None:
+        meanwhile.append(bench.ledger.wake_due(bench.woken.extend, 10))
+        meanwhile.append(bench.ledger.begin_crawl(run_id) is not None)
+
+    bench.ledger.wake_due(send, 10)
+
+    assert meanwhile == [0, True]
+
+
+def test_a_wake_up_that_could_not_be_sent_is_due_again_at_once(bench: Workbench) -> None:
     run_id = bench.accept(delivered=False)
     bench.rewind(run_id, SILENCE)
     before = bench.run(run_id)
@@ -854,8 +890,22 @@ def test_a_wake_up_that_could_not_be_sent_is_not_noted(bench: Workbench) -> None
     with pytest.raises(BrokerUnreachableError):
         bench.ledger.wake_due(refuse, 10)
 
-    assert bench.run(run_id) == before
+    assert bench.run(run_id) | {"wake_at": None} == before | {"wake_at": None}
     assert bench.wake() == [run_id]
+
+
+def test_a_run_delivered_although_its_wake_up_failed_keeps_its_new_silence(bench: Workbench) -> None:
+    run_id = bench.accept()
+    bench.rewind(run_id, SILENCE)
+
+    def send_and_fail(_: object) -> None:
+        bench.ledger.begin_crawl(run_id)
+        raise DOWN
+
+    with pytest.raises(BrokerUnreachableError):
+        bench.ledger.wake_due(send_and_fail, 10)
+
+    assert bench.wake() == []
 
 
 def test_a_run_that_a_worker_has_locked_is_passed_over(bench: Workbench) -> None:

@@ -226,7 +226,7 @@ class TestEveryPublisher:
         assert message.facts == delivery | {
             "content_type": "application/json",
             "type": "extraction.requested",
-            "app_id": "task-orchestrator",
+            "app_id": "orchestrator",
             "message_id": ids_of(batch)[0],
             "traceparent": TRACEPARENT,
         }
@@ -412,7 +412,7 @@ class TestConnection:
     @pytest.fixture
     def opened(self, rabbit: Rabbit, rabbitmq_server: RabbitMQServer) -> Callable[[int], int]:
         """Return how many connections were opened, once that many have been closed."""
-        who = r"task-orchestrator publisher"
+        who = r"orchestrator publisher"
         closing = re.compile(rf"closing AMQP connection .* - {who}, vhost: '{rabbit.vhost}'")
         granted = re.compile(rf" - {who}\): user 'guest' .* granted access to vhost '{rabbit.vhost}'")
 

@@ -38,8 +38,22 @@ FROM generate_series(1, 3) AS run, generate_series(1, 100000) AS source
 
 
 @pytest.fixture(scope="module")
-def bench(postgres_server: PostgresServer) -> Iterator[Workbench]:
-    with template(postgres_server) as name, Workbench.copy_of(postgres_server, name) as bench:
+def empty(postgres_server: PostgresServer) -> Iterator[str]:
+    with template(postgres_server) as name:
+        yield name
+
+
+@pytest.fixture
+def fresh(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
+    """A ledger that PostgreSQL has no statistics of."""
+    with Workbench.copy_of(postgres_server, empty) as bench:
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def bench(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
+    """A ledger with history, and statistics of it."""
+    with Workbench.copy_of(postgres_server, empty) as bench:
         with psycopg.connect(bench.url, autocommit=True) as connection:
             connection.execute(_RUNS)
             connection.execute(_DISPATCHES)
@@ -149,6 +163,36 @@ def test_the_newest_runs_of_a_task_are_read_off_an_index(bench: Workbench) -> No
     explained = Explained(bench, lambda: insights.runs(limit=50, task_id=7))
 
     explained.assert_by("runs", "runs_task_id_created_at_idx", looked_at=200_000 // TASKS)
+
+
+@pytest.mark.parametrize("state", [RunState.RUNNING, RunState.FAILED])
+def test_the_newest_runs_in_a_state_are_read_off_an_index_however_rare_it_is(bench: Workbench, state: RunState) -> None:
+    insights = Insights(bench.database)
+
+    explained = Explained(bench, lambda: insights.runs(limit=50, state=state))
+
+    explained.assert_by("runs", "runs_state_created_at_id_idx", looked_at=50)
+
+
+def test_the_newest_runs_of_a_data_source_are_read_off_an_index(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+
+    explained = Explained(bench, lambda: insights.runs(limit=50, data_source_id=7))
+
+    explained.assert_by("runs", "runs_data_source_id_created_at_idx", looked_at=0)
+
+
+def test_a_plan_without_statistics_is_taken_along_the_primary_key_too(fresh: Workbench) -> None:
+    run_id = fresh.planned(50_000)
+
+    def take() -> None:
+        with fresh.ledger.pending_batch(run_id, limit=1_000, after=10_000) as batch:
+            assert len(batch.sources) == 1_000
+            batch.mark([source for source, _ in batch.sources])
+
+    explained = Explained(fresh, take)
+
+    explained.assert_by("dispatches", "dispatches_pkey", "ModifyTable", looked_at=2_000)
 
 
 @pytest.mark.parametrize("after", [0, 60_000, 76_000, 98_000])

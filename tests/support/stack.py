@@ -133,14 +133,14 @@ class Stack:
         client.conf.broker_transport_options = {"conn_string": self.database, "init_extension": False}
         return client
 
-    def crawl(self, task_id: object, *, celery_id: str | None = None, **options: Any) -> UUID:
+    def crawl(self, task_id: object, *, celery_id: str | None = None, **options: Any) -> UUID:  # noqa: ANN401 -- send_task's
         """Send ``execute_crawl_task`` by queue name; return the run id."""
         sent = self.client().send_task(
             CRAWL_TASK, args=[task_id], task_id=celery_id, queue="orchestrator.crawl", **options
         )
         return UUID(sent.id)
 
-    def analyse(self, data_source_id: object, theme: object, **options: Any) -> UUID:
+    def analyse(self, data_source_id: object, theme: object, **options: Any) -> UUID:  # noqa: ANN401 -- the same
         """Send ``trigger_site_analysis`` by queue name; return the run id."""
         sent = self.client().send_task(
             ANALYSIS_TASK, args=[data_source_id, theme], queue="orchestrator.analysis", **options
@@ -239,8 +239,9 @@ def drain(url: str, queue: str) -> list[Extraction]:
 def queue_depth(url: str, queue: str) -> int:
     """Return how many messages are ready in a RabbitMQ queue."""
     with amqp_connection(url) as connection:
-        depth: int = connection.channel().queue_declare(queue, passive=True).message_count
-        return depth
+        declared = connection.channel().queue_declare(queue, passive=True)
+        assert declared is not None
+        return int(declared[1])
 
 
 def amqp_connection(url: str) -> amqp.Connection:

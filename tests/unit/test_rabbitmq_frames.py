@@ -26,7 +26,7 @@ def by_pamqp(channel: int, queue: str, message_id: bytes, body: bytes) -> bytes:
         delivery_mode=2,
         message_id=message_id.decode(),
         message_type="extraction.requested",
-        app_id="task-orchestrator",
+        app_id="orchestrator",
     )
     publish = commands.Basic.Publish(exchange="", routing_key=queue, mandatory=True)
     frames = publish, ContentHeader(body_size=len(body), properties=properties), ContentBody(body)

@@ -75,6 +75,13 @@ def test_another_file_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch, tm
         ("TIMEZONE", "Mars/Olympus", "ORCHESTRATOR_TIMEZONE: 'Mars/Olympus' is no IANA time zone"),
         ("DISCOVERY_URL", "ftp://x", "ORCHESTRATOR_DISCOVERY_URL: must be an http:// or https:// address"),
         ("SCHEMA", "x" * 64, "ORCHESTRATOR_SCHEMA: must be a PostgreSQL identifier"),
+        ("DATABASE_URL", f"postgresql://u:{CANARY}%zz@h/d", "percent-encoded"),
+        ("DATABASE_URL", f"postgresql://u:{CANARY}/x@h/d", "percent-encoded"),
+        ("DATABASE_URL", f"postgresql://u:1/{CANARY}@h/d", "percent-encoded"),
+        ("DATABASE_URL", f"postgresql://u:{CANARY} x@h/d", "percent-encoded"),
+        ("BROKER_URL", f"amqp://u:{CANARY}/x@h//", "percent-encoded"),
+        ("BROKER_URL", f"amqp://u:{CANARY}#x@h//", "percent-encoded"),
+        ("DISCOVERY_URL", f"http://u:{CANARY}/@h/", "has no readable port"),
         ("DATABASE_URL", f"mysql://u:{CANARY}@h/d", "ORCHESTRATOR_DATABASE_URL: must start with postgresql://"),
         ("BROKER_URL", f"redis://u:{CANARY}@h", "ORCHESTRATOR_BROKER_URL: must start with amqp://"),
         ("BROKER_URL", f"pgmq://u:{CANARY}@h/d", "pgmq:// takes no address"),
@@ -130,3 +137,7 @@ def test_every_leaf_is_a_variable_of_its_own_that_can_be_set(monkeypatch: pytest
     for name, value in texts.items():
         monkeypatch.setenv(name, str(value))
     assert settings.load() == settings.Settings()
+
+
+def test_every_variable_is_documented() -> None:
+    assert [name for name, field in settings.variables().items() if not field.description] == []

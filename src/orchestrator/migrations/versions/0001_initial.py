@@ -158,6 +158,17 @@ def upgrade() -> None:
     )
     op.create_index("runs_created_at_id_idx", "runs", ["created_at", "id"], unique=False, schema="orchestrator")
     op.create_index(
+        "runs_data_source_id_created_at_idx",
+        "runs",
+        ["data_source_id", "created_at"],
+        unique=False,
+        schema="orchestrator",
+        postgresql_where=sa.text("data_source_id IS NOT NULL"),
+    )
+    op.create_index(
+        "runs_state_created_at_id_idx", "runs", ["state", "created_at", "id"], unique=False, schema="orchestrator"
+    )
+    op.create_index(
         "runs_task_id_created_at_idx",
         "runs",
         ["task_id", "created_at"],
