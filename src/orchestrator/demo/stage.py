@@ -85,7 +85,7 @@ class Stage:
         ours = str(Path(orchestrator.__file__).parents[1])
         theirs = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         paths = [ours, *(str(Path(path).absolute()) for path in theirs if path)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **environment}
+        environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TMPDIR": str(self.directory)}
         with _undisturbed(), self.log(name).open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 -- our own programs, no shell
                 [sys.executable, *command],
@@ -93,7 +93,7 @@ class Stage:
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
-                env=environment,
+                env={**os.environ, **environment},
                 process_group=0,
             )
             self._guard.watch(process.pid)

@@ -260,8 +260,8 @@ class Story:
     def _ledger_and_extractor_agree(self, run_ids: list[UUID]) -> bool:
         self._voice.begin("The ledger, and what the Extractor really received")
         self._stage.until(self._drained, within=_PATIENCE, what="the Extractor has taken all messages")
-        expected, ledger, inbox = (set(self._rows(each, run_ids)) for each in (_EXPECTED, _LEDGER, _INBOX))
-        received = Counter(run_id for run_id, *_ in inbox)
+        expected, ledger, inbox = (Counter(self._rows(each, run_ids)) for each in (_EXPECTED, _LEDGER, _INBOX))
+        received = Counter(run_id for run_id, *_ in inbox.elements())
         arrived = Counter(run_id for (run_id,) in self._rows(_WIRE))
         rows = []
         for run_id in run_ids:
@@ -269,11 +269,11 @@ class Story:
             counts = (view.total, view.skipped, view.published, arrived[run_id], received[run_id])
             rows.append((f"crawl task {view.task_id}", view.state, *(f"{count:,}" for count in counts)))
         self._voice.table(["run of", "state", "planned", "skipped", "published", "on the wire", "in the inbox"], rows)
-        duplicates = sum(arrived[run_id] for run_id in run_ids) - len(inbox)
+        duplicates = sum(arrived[run_id] for run_id in run_ids) - inbox.total()
         agree = expected == ledger == inbox
         self._voice.say(
-            f"{'OK' if agree else 'MISMATCH'}: {len(expected)} expected, {len(ledger)} in the ledger, "
-            f"{len(inbox)} in the inbox, {len(ledger - inbox)} lost, {len(inbox - ledger)} unasked for; "
+            f"{'OK' if agree else 'MISMATCH'}: {expected.total()} expected, {ledger.total()} in the ledger, "
+            f"{inbox.total()} in the inbox, {(ledger - inbox).total()} lost, {(inbox - ledger).total()} unasked for; "
             f"{duplicates} duplicates on the wire, all recognised",
             style="bold green" if agree else "bold red",
         )
