@@ -274,7 +274,7 @@ class Story:
         self._voice.say(
             f"{'OK' if agree else 'MISMATCH'}: {expected.total()} expected, {ledger.total()} in the ledger, "
             f"{inbox.total()} in the inbox, {(ledger - inbox).total()} lost, {(inbox - ledger).total()} unasked for; "
-            f"{duplicates} duplicates on the wire, all recognised",
+            f"{duplicates} duplicates on the wire{', all recognised' if agree else ''}",
             style="bold green" if agree else "bold red",
         )
         return agree
@@ -379,7 +379,7 @@ def _told(calls: Sequence[dict[str, Any]]) -> str:
     """Put the attempts of a site analysis in words."""
     words = []
     for call in calls:
-        word = str(call["status"] or call["code"])
+        word = str(call["status"] or {"lost": "lost with its worker"}.get(call["code"], call["code"]))
         if call["seconds"] is not None:
             word += f" in {call['seconds']:.1f} s"
         if call["retry_after"] is not None:
