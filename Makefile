@@ -2,6 +2,8 @@
 
 # Options for the command behind a target: make test ARGS='tests/unit -k retry'
 ARGS =
+# How many test processes run side by side, each with servers of its own; most of the time they wait.
+PROCESSES = 3
 # How often `make faults` repeats each fault.
 ROUNDS = 20
 
@@ -26,7 +28,7 @@ demo: venv ## the whole story on sample data; nothing to install or configure
 	@$(BIN)/orchestrator demo $(ARGS)
 
 test: venv services ## all tests, on real servers
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile $(ARGS)
 
 check: venv ## format, lint, types, layers, and the environment against pyproject.toml
 	$(BIN)/ruff format --check
