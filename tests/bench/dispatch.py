@@ -86,7 +86,9 @@ def speed(stack: Stack) -> None:
     for name, values in rates.items():
         say(f"{name:16}{statistics.median(values):10,.0f}/s   ({min(values):,.0f} to {max(values):,.0f})")
     whole, loop, limit = (statistics.median(values) for values in rates.values())
-    say(f"whole run / seed's loop {whole / loop:.1f} (target 10)   whole run / frames by hand {whole / limit:.2f} (target 0.3)")
+    say(
+        f"whole run / seed's loop {whole / loop:.1f} (target 10)   whole run / frames by hand {whole / limit:.2f} (target 0.3)"
+    )
 
 
 def growth(stack: Stack) -> None:
@@ -99,7 +101,9 @@ def growth(stack: Stack) -> None:
         assert stack.broker is not None
         assert queue_depth(stack.broker, QUEUE) == size
         seconds, peak = figures[size]["seconds"], figures[size]["peak"]
-        say(f"{size:>9,} sources{seconds:8.2f} s   {seconds / size * 1e6:6.1f} µs each   peak memory {peak / 1024:6.1f} MiB")
+        say(
+            f"{size:>9,} sources{seconds:8.2f} s   {seconds / size * 1e6:6.1f} µs each   peak memory {peak / 1024:6.1f} MiB"
+        )
     small, middle, large = (figures[size] for size in SIZES)
     say(
         f"memory growth {SIZES[0]:,} to {SIZES[2]:,}: {(large['peak'] - small['peak']) / 1024:.1f} MiB (target 60)   "

@@ -5,15 +5,36 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Final
+from uuid import UUID
 
 import pytest
 
+from tests.support.processes import eventually
 from tests.support.stack import Stack
 
 ROUNDS: Final = int(os.environ.get("FAULT_ROUNDS", "0"))
 """How often `make faults` repeats each fault; 0 in `make test`, where each test names a small number."""
 
 StackFactory = Callable[..., Stack]
+
+SOURCES = 20_000
+ALL = range(1, SOURCES + 1)
+
+
+def a_big_task(stack: Stack) -> int:
+    stack.application.add_sources(SOURCES)
+    stack.application.add_task(1, ALL)
+    return 1
+
+
+def await_published(stack: Stack, run_id: UUID, count: int) -> None:
+    """Wait until a run has published so many, or is over."""
+
+    def enough() -> bool:
+        run = stack.run(run_id)
+        return run is not None and (run["published"] >= count or run["finished_at"] is not None)
+
+    eventually(enough, within=60, what=f"{count} published")
 
 
 def rounds(few: int) -> range:

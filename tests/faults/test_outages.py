@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import ROUNDS
+from tests.faults.conftest import ALL, ROUNDS, SOURCES, a_big_task, await_published
 from tests.support.postgres import PostgresServer, StopMode
-from tests.support.processes import Process, eventually
+from tests.support.processes import Process
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.stack import Stack
-
-SOURCES = 20_000
-ALL = range(1, SOURCES + 1)
 
 
 @pytest.fixture
@@ -34,8 +31,7 @@ def stack(postgres: PostgresServer, rabbitmq: RabbitMQServer, tmp_path: Path) ->
     """Set-up 2 on servers of the test's own."""
     stack = Stack.on_rabbitmq(postgres.create_database("outage"), rabbitmq.url, tmp_path, DISPATCH__BATCH_SIZE="25")
     stack.prepare()
-    stack.application.add_sources(SOURCES)
-    stack.application.add_task(1, ALL)
+    a_big_task(stack)
     yield stack
     rabbitmq.start()
     stack.close()
@@ -52,7 +48,7 @@ def outlast(worker: Process, word: str) -> None:
 def test_the_database_goes_away_in_mid_fan_out(stack: Stack, postgres: PostgresServer) -> None:
     worker = stack.worker()
     run_id = stack.crawl(1)
-    eventually(lambda: (stack.run(run_id) or {"published": 0})["published"] > 500, within=30, what="it is under way")
+    await_published(stack, run_id, 500)
 
     postgres.stop(StopMode.IMMEDIATE)
     outlast(worker, "database_unavailable")
@@ -66,7 +62,7 @@ def test_the_database_goes_away_in_mid_fan_out(stack: Stack, postgres: PostgresS
 def test_the_broker_goes_away_in_mid_fan_out(stack: Stack, rabbitmq: RabbitMQServer) -> None:
     worker = stack.worker()
     run_id = stack.crawl(1)
-    eventually(lambda: (stack.run(run_id) or {"published": 0})["published"] > 500, within=30, what="it is under way")
+    await_published(stack, run_id, 500)
 
     rabbitmq.kill()
     outlast(worker, "broker_unreachable")
@@ -113,7 +109,7 @@ def test_a_database_not_yet_migrated_is_waited_for(
 def test_the_memory_alarm_makes_the_run_wait_and_lifts_by_itself(stack: Stack, rabbitmq: RabbitMQServer) -> None:
     worker = stack.worker()
     run_id = stack.crawl(1)
-    eventually(lambda: (stack.run(run_id) or {"published": 0})["published"] > 100, within=30, what="it is under way")
+    await_published(stack, run_id, 100)
 
     rabbitmq.ctl("set_vm_memory_high_watermark", "0.000001")
     waiting = stack.await_run(run_id, "retrying", within=40)
@@ -128,7 +124,7 @@ def test_the_memory_alarm_makes_the_run_wait_and_lifts_by_itself(stack: Stack, r
 def test_the_queue_is_deleted_in_mid_fan_out_and_declared_again(stack: Stack, rabbitmq: RabbitMQServer) -> None:
     stack.worker()
     run_id = stack.crawl(1)
-    eventually(lambda: (stack.run(run_id) or {"published": 0})["published"] > 500, within=30, what="it is under way")
+    await_published(stack, run_id, 500)
     before = {message.source for message in stack.extractions()}
 
     rabbitmq.ctl("delete_queue", "extraction_queue")
