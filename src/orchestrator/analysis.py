@@ -7,12 +7,16 @@ pulse wakes the run when its time has come. Decides nothing about state: the led
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import random
-from time import monotonic
+from time import monotonic, sleep
+from typing import Final
 
-from orchestrator.discovery import DiscoveryClient, RetryPolicy
-from orchestrator.domain import Attempt, AttemptOutcome, WakeUp
+from orchestrator.discovery import Answer, DiscoveryClient, RetryPolicy
+from orchestrator.domain import Attempt, AttemptOutcome, NoAttempt, WakeUp
+from orchestrator.errors import TransientError
 from orchestrator.ledger import LEASE_MARGIN, Ledger
 from orchestrator.telemetry import Event, bound, logger
+
+_PAUSE: Final = 0.5  # seconds
 
 _log = logger(__name__)
 
@@ -78,9 +82,10 @@ class SiteAnalyser:
                     cap=caps.everywhere,
                     node_cap=caps.here,
                 )
-                if attempt is None:
+                if attempt is NoAttempt.NO_SLOT:
                     return None
-                self._call(attempt)
+                if isinstance(attempt, Attempt):
+                    self._call(attempt)
             turn = self._ledger.next_waiting()
         return turn
 
@@ -95,7 +100,7 @@ class SiteAnalyser:
         retry_in = None
         if answer.outcome is AttemptOutcome.RETRYABLE and self._policy.may_retry(attempt.retries_done):
             retry_in = self._policy.delay(attempt.retries_done + 1, answer.retry_after, random())  # noqa: S311 -- jitter, no secret
-        self._ledger.finish_attempt(attempt, answer, retry_in)
+        self._finish(attempt, answer, retry_in)
         _log.info(
             Event.ATTEMPT_FINISHED,
             number=attempt.number,
@@ -105,3 +110,18 @@ class SiteAnalyser:
             error=None if answer.outcome is AttemptOutcome.SUCCEEDED else answer.message,
             retry_in=retry_in,
         )
+
+    def _finish(self, attempt: Attempt, answer: Answer, retry_in: float | None) -> None:
+        """Record the answer, and while the database is away try again: a call that was made must not count as lost.
+
+        Raises:
+            DatabaseUnavailableError: it stayed away for as long as the lease.
+        """
+        give_up_at = self._clock() + self._lease
+        while True:
+            try:
+                return self._ledger.finish_attempt(attempt, answer, retry_in)
+            except TransientError:
+                if self._clock() > give_up_at:
+                    raise
+                sleep(_PAUSE)

@@ -6,6 +6,7 @@ ledger.
 
 import os
 import socket
+import sys
 from typing import Any, Final
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from celery.beat import Scheduler as CeleryScheduler
 
 from orchestrator import bootstrap
 from orchestrator.domain import Node
+from orchestrator.errors import ConfigurationError
 from orchestrator.pulse import Pulse
 from orchestrator.settings import current
 from orchestrator.telemetry import configure_logging
@@ -39,7 +41,11 @@ class Scheduler(CeleryScheduler):
     def tick(self, *_: object, **__: object) -> float:
         """Do a round; return how many seconds to sleep."""
         if self._pulse is None:
-            bootstrap.await_migrated()
+            try:
+                bootstrap.await_migrated()
+            except ConfigurationError as error:
+                sys.stderr.write(f"orchestrator: {error}\n")
+                raise SystemExit(2) from None
             name = f"beat@{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
             self._pulse = bootstrap.services().pulse(Node(name, "beat"))
         return min(self._pulse.once(), _LONGEST_SLEEP)

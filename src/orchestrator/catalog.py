@@ -39,6 +39,9 @@ from orchestrator.errors import CatalogMismatchError, CrawlTaskNotFoundError, In
 from orchestrator.settings import CatalogSettings
 
 _EXAMPLES: Final = 3
+# Classes of SQLSTATE: 42 no such table, column or operator, or no right to read; 22 a value of another type;
+# P0, 2F, 38, 39 their views' functions raise.
+_THEIR_FAULT: Final = frozenset({"42", "22", "P0", "2F", "38", "39"})
 _SHOWN: Final = 50  # characters of an example
 
 
@@ -208,8 +211,7 @@ def mismatch_explained() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        # Classes 42 (no such table, column or operator; no right to read) and 22 (a value of another type).
-        if isinstance(error.orig, psycopg.Error) and (error.orig.sqlstate or "")[:2] in {"42", "22"}:
+        if isinstance(error.orig, psycopg.Error) and (error.orig.sqlstate or "")[:2] in _THEIR_FAULT:
             complaint = error.orig.diag.message_primary
             raise CatalogMismatchError(
                 f"the application's tables do not fit the settings: {complaint}; `orchestrator doctor` says how to map"

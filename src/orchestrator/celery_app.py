@@ -5,11 +5,13 @@ module reads no settings and opens nothing: configuration happens on first use, 
 Deliberately unknown here: the ledger, and what the tasks do.
 """
 
+import struct
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple
+from functools import partial
 from time import monotonic
 from typing import Any, Final
 
@@ -37,6 +39,9 @@ CRAWL_QUEUE: Final = "orchestrator.crawl"
 DEAD_QUEUE: Final = "orchestrator.dead"
 ANALYSIS_TASK: Final = "orchestrator.tasks.trigger_site_analysis"
 CRAWL_TASK: Final = "orchestrator.tasks.execute_crawl_task"
+
+WAKE_NUMBER: Final = "orchestrator_wake_number"
+"""Header of our own wake-ups; see ``domain.WakeUp.number``."""
 
 CONFIRM_TIMEOUT: Final = 5.0  # seconds
 IO_TIMEOUT: Final = 10.0  # seconds
@@ -124,7 +129,7 @@ def _transport(settings: Settings) -> dict[str, Any]:
     return {
         "broker_url": "pgmq://database",  # a name for the logs; conn_string is what counts
         "broker_transport_options": {
-            "conn_string": conninfo(settings),
+            "conn_string": _Masked(conninfo(settings)),
             "init_extension": False,  # `orchestrator migrate` installs the SQL
             "visibility_timeout": 60,  # not renewed: well above the longest delivery, below our patience
             "wait_time_seconds": 0,  # a long poll of one queue would hold up the other
@@ -135,6 +140,15 @@ def _transport(settings: Settings) -> dict[str, Any]:
         # Broadcast queues by node name: names over 47 characters would end the worker.
         "worker_enable_remote_control": False,
     }
+
+
+class _Masked(str):
+    """A secret among Celery's settings: `celery report` prints them all."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'********'"
 
 
 def conninfo(settings: Settings) -> str:
@@ -149,25 +163,39 @@ app.add_defaults(_configuration)
 
 
 def declare_topology(connection: Connection) -> None:
-    """Declare exchange and queues, whoever comes first; explain a queue that exists with other arguments.
+    """Declare exchange and queues, whoever comes first; explain what exists otherwise than plain clients declare it.
 
-    Such a queue is used as it is: consuming works, and only plain clients that name it are refused.
+    It is used as it is: consuming works all the same.
     """
-    entities: tuple[Exchange | Queue, ...] = (_exchange, *_declared, _dead)
-    for entity in entities:
-        try:
-            with connection.channel() as channel:
-                entity.bind(channel).declare()
-        except amqp.exceptions.PreconditionFailed as error:
-            _log.warning(
-                Event.QUEUE_ARGUMENTS_DIFFER,
-                queue=entity.name,
-                error=(
-                    f"{entity.name} exists with other arguments than plain Celery clients declare, so the broker will"
-                    " refuse clients that send by its name (406): delete it while it is empty and let a worker"
-                    f" declare it; queue type, limits and dead-lettering belong in a policy. Broker: {error.reply_text}"
-                ),
-            )
+    _declare(connection, f"exchange {_exchange.name}", lambda channel: _exchange.bind(channel).declare())
+    for queue in (*_declared, _dead):
+        _declare(connection, f"queue {queue.name}", partial(_declare_queue, queue))
+    for queue in _declared:
+        _declare(connection, f"binding of {queue.name}", partial(_bind_queue, queue))
+
+
+def _declare_queue(queue: Queue, channel: Any) -> None:
+    queue.bind(channel).queue_declare()
+
+
+def _bind_queue(queue: Queue, channel: Any) -> None:
+    queue.bind(channel).queue_bind()
+
+
+def _declare(connection: Connection, what: str, declare: Callable[[Any], object]) -> None:
+    try:
+        with connection.channel() as channel:
+            declare(channel)
+    except amqp.exceptions.AccessRefused as error:
+        sentence = f"we may not declare the {what}, so it must exist: grant our broker user the right to configure it"
+        _log.warning(Event.QUEUE_ARGUMENTS_DIFFER, what=what, error=f"{sentence}. Broker: {error.reply_text}")
+    except amqp.exceptions.PreconditionFailed as error:
+        sentence = (
+            f"the {what} exists with another type or other arguments than plain Celery clients declare, so the broker"
+            " will refuse those that do (406): delete it while it is unused and let a worker declare it; queue type,"
+            " limits and dead-lettering belong in a policy or the vhost's default queue type"
+        )
+        _log.warning(Event.QUEUE_ARGUMENTS_DIFFER, what=what, error=f"{sentence}. Broker: {error.reply_text}")
 
 
 class Sender:
@@ -234,7 +262,7 @@ class Sender:
             # The default exchange: pgmq 1.1.4's send_topic lacks the form with headers and without a delay.
             exchange="",
             routing_key=CRAWL_QUEUE if crawl else ANALYSIS_QUEUE,
-            headers={"traceparent": wake_up.traceparent},
+            headers={"traceparent": wake_up.traceparent, WAKE_NUMBER: wake_up.number},
             mandatory=True,
             confirm_timeout=CONFIRM_TIMEOUT,
             retry=False,
@@ -291,7 +319,16 @@ def _publish_error(error: BaseException) -> PublishError | None:
             return QueueMissingError("a task queue is missing; it is declared again on the next try")
         case amqp.exceptions.ChannelError() if error.reply_code == 312:  # noqa: PLR2004 -- AMQP's NO_ROUTE
             return QueueMissingError("a task queue is missing; it is declared again on the next try")
-        case amqp.exceptions.AMQPError() | kombu.exceptions.KombuError() | OSError() | psycopg.Error():
+        # struct.error and its like: py-amqp met bytes that are no AMQP.
+        case (
+            amqp.exceptions.AMQPError()
+            | kombu.exceptions.KombuError()
+            | OSError()
+            | psycopg.Error()
+            | struct.error()
+            | ValueError()
+            | IndexError()
+        ):
             return BrokerUnreachableError(f"the broker cannot be reached: {type(error).__name__}: {error}")
         case _:
             return None

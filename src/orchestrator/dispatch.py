@@ -11,7 +11,7 @@ from typing import Final
 from uuid import UUID
 
 from orchestrator.catalog import Catalog
-from orchestrator.domain import TERMINAL, CrawlRun, ExtractionBatch, RunState
+from orchestrator.domain import TERMINAL, CrawlRun, ExtractionBatch, RunState, WakeUp
 from orchestrator.errors import PublishError, RefusedError
 from orchestrator.ledger import SHOWN_SKIPS, Ledger
 from orchestrator.queues import Publisher
@@ -53,31 +53,35 @@ class FanOut:
         self._stopping = stopping
         self._clock = clock
 
-    def deliver(self, run_id: UUID) -> bool:
-        """Work on a run for at most one slice; return whether there is more to do, by a continuation.
+    def deliver(self, run_id: UUID, wake_number: int | None = None) -> WakeUp | None:
+        """Work on a run for at most one slice; return the continuation to send when there is more to do.
+
+        Args:
+            run_id: the run.
+            wake_number: the number of the wake-up that was delivered; none for a caller's own message.
 
         Raises:
             DatabaseUnavailableError: the ledger is out of reach; deliver again later.
         """
         deadline = self._clock() + self._slice_seconds
-        run = self._ledger.begin_crawl(run_id)
+        run = self._ledger.begin_crawl(run_id, wake_number)
         if run is None:
-            return False
+            return None
         try:
             if not run.materialized:
                 self._materialize(run)
             unfinished = self._publish_until(deadline, run)
         except PublishError as error:
             self._ledger.postpone_crawl(run_id, error)
-            return False
+            return None
         except RefusedError as error:
             self._ledger.fail(run_id, error)
-            return False
+            return None
         if unfinished:
             _log.info(Event.RUN_SLICE_ENDED)
-            return True
+            return self._ledger.hand_over(run_id)
         self._ledger.complete_crawl(run_id)
-        return False
+        return None
 
     def _materialize(self, run: CrawlRun) -> None:
         started = self._clock()
@@ -120,6 +124,8 @@ class FanOut:
         Raises:
             PublishError: not all of it was confirmed; what was is marked and committed.
         """
+        # Before rows are locked: a broker that is slow to take a connection must not cost us the session.
+        self._publisher.prepare()
         with self._ledger.pending_batch(run.run_id, limit=self._batch_size, after=after) as pending:
             if not pending.sources:
                 return None

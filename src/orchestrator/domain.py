@@ -213,14 +213,27 @@ class NewRun:
     retry_of: UUID | None = None
     not_before: datetime | None = None
 
+    @property
+    def wake_up(self) -> "WakeUp":
+        """The message to send about it first."""
+        return WakeUp(self.run_id, self.arguments, self.traceparent)
+
 
 @dataclass(frozen=True, slots=True)
 class WakeUp:
-    """A Celery message that says "look at this run". Losing one costs latency, never data."""
+    """A Celery message that says "look at this run". Losing one costs latency, never data.
+
+    Attributes:
+        run_id: the run.
+        arguments: its arguments, so that the message is one that any caller might have sent.
+        traceparent: its W3C trace context.
+        number: which of the run's wake-ups this is; a delivery tells by it that others came in between.
+    """
 
     run_id: UUID
     arguments: Arguments
     traceparent: str
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +244,15 @@ class CrawlRun:
     task_id: int
     traceparent: str
     materialized: bool
+
+
+class NoAttempt(StrEnum):
+    """Why no call to the Discovery Service may be made for a run now."""
+
+    NOT_DUE = "not_due"
+    """It is over, waits, or a call is under way."""
+    NO_SLOT = "no_slot"
+    """As many calls are under way as may be; the run is set aside."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ State changes only here, by compare-and-set along the edges of ``domain.TRANSITI
 clock. The concurrency contract, for every caller:
 
 - Any number of processes may call any method at the same time, and any call may be repeated.
-- Lock order: a run's dispatches before the run's row, and dispatches only with SKIP LOCKED.
+- Lock order: a run's dispatches before the run's row, and dispatches only with SKIP LOCKED; the run's row before
+  its attempts.
 - No lock outlives its transaction; a frozen process loses its session, and so its locks, after 30 s.
 - Every run that is not over has ``wake_at`` in the future, or the pulse is about to wake it.
 
@@ -35,6 +36,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
@@ -53,6 +55,7 @@ from orchestrator.domain import (
     CrawlRun,
     DispatchState,
     NewRun,
+    NoAttempt,
     Node,
     RunKind,
     RunState,
@@ -60,7 +63,13 @@ from orchestrator.domain import (
     WakeUp,
     sources_of,
 )
-from orchestrator.errors import IllegalTransitionError, OrchestratorError, PublishError, RunNotFoundError
+from orchestrator.errors import (
+    IllegalTransitionError,
+    InvalidArgumentsError,
+    OrchestratorError,
+    PublishError,
+    RunNotFoundError,
+)
 from orchestrator.schema import attempts, audit_events, dispatches, nodes, run_events, runs
 from orchestrator.telemetry import Event, logger
 
@@ -70,6 +79,10 @@ SILENCE: Final = 15.0
 """Seconds without progress after which a run is woken; no proof of death is needed."""
 LONGEST_SILENCE: Final = 600.0
 """Cap, in seconds, of the backoff between wake-ups of a run that nothing delivers."""
+LONGEST_WAIT_FOR_SLOT: Final = 60.0
+"""The same cap, in seconds, for a run that waits for a free call; mostly it gets one from a call that ends."""
+SKIP_BATCH: Final = 10_000
+"""Rows of a canceled run that are skipped in one transaction."""
 MAX_STALLS: Final = 20
 """Deliveries without any progress after which a run fails instead of killing one more worker."""
 SHOWN_SKIPS: Final = 20
@@ -106,8 +119,8 @@ class PendingBatch:
 
     def mark(self, confirmed: Sequence[int]) -> RunState:
         """Mark the data sources whose message is safely in the queue; return the run's state."""
-        self.transaction.execute(_MARK, {"run": self.run_id, "confirmed": list(confirmed)})
-        return RunState(self.transaction.scalar(_PROGRESS, {"run": self.run_id, "count": len(confirmed)}))
+        marked = self.transaction.execute(_MARK, {"run": self.run_id, "confirmed": list(confirmed)}).rowcount
+        return RunState(self.transaction.scalar(_PROGRESS, {"run": self.run_id, "count": marked}))
 
 
 class Ledger:
@@ -181,19 +194,49 @@ class Ledger:
 
     # --- Crawl runs ----------------------------------------------------------------------------------------
 
-    def begin_crawl(self, run_id: UUID) -> CrawlRun | None:
+    def begin_crawl(self, run_id: UUID, wake_number: int | None = None) -> CrawlRun | None:
         """Take part in a crawl run; return none when there is nothing to do now: it is over, or it waits.
 
+        Of the wake-ups sent before the last delivery began, only that delivery's own is good (it may come again
+        after a crash): the others would each work a slice and send a continuation of their own, for ever.
+
         Fails the run when too many deliveries in a row brought no progress: something about it kills workers.
+
+        Args:
+            run_id: the run.
+            wake_number: the number of the wake-up that was delivered; none for a caller's own message.
         """
+        fresh = (
+            true() if wake_number is None else or_(runs.c.begun_by == wake_number, runs.c.stale_below <= wake_number)
+        )
+        values = {} if wake_number is None else {"begun_by": wake_number}
         with self._database.transaction() as connection:
-            run = _begin(connection, run_id, RunKind.CRAWL, wake_in=SILENCE)
+            run = _begin(connection, run_id, RunKind.CRAWL, fresh, wake_in=SILENCE, **values)
             if run is None:
                 return None
-            if run.stalls > MAX_STALLS:
-                _end(connection, run_id, RunState.FAILED, "no_progress", f"{MAX_STALLS} deliveries without progress")
-                return None
-            return CrawlRun(run.id, run.task_id, run.traceparent, run.materialized_at is not None)
+            if run.stalls <= MAX_STALLS:
+                return CrawlRun(run.id, run.task_id, run.traceparent, run.materialized_at is not None)
+            last = f"; the last error: {run.error_message}" if run.error_message else ""
+            ended = _end(
+                connection, run_id, RunState.FAILED, "no_progress", f"{MAX_STALLS} deliveries without progress{last}"
+            )
+        _announce(ended)
+        return None
+
+    def hand_over(self, run_id: UUID) -> WakeUp | None:
+        """Return the continuation to send at the end of a slice; none when another wake-up is on its way."""
+        with self._database.transaction() as connection:
+            run = connection.execute(
+                update(runs)
+                .where(
+                    runs.c.id == run_id,
+                    runs.c.state == RunState.RUNNING,
+                    runs.c.wake_number < runs.c.stale_below,
+                )
+                .values(wake_number=runs.c.wake_number + 1, wake_at=_in(SILENCE))
+                .returning(runs)
+            ).one_or_none()
+            return None if run is None else _wake_up(run)
 
     def materialize(self, run_id: UUID, task_id: int, plan: Plan) -> tuple[int, int] | None:
         """Fix the plan of a run: insert all its dispatches by one statement, under a lock on the run's row.
@@ -250,7 +293,7 @@ class Ledger:
             after: take rows whose data source id is greater.
         """
         with self._database.transaction() as connection:
-            connection.execute(_ALONG_THE_KEY)
+            connection.execute(_FOR_A_BATCH)
             rows = connection.execute(_TAKE, {"run": run_id, "after": after, "limit": limit}).all()
             yield PendingBatch(run_id, [(row.data_source_id, row.crawl_config_id) for row in rows], connection)
 
@@ -269,8 +312,7 @@ class Ledger:
                 runs.c.materialized_at.is_not(None),
                 ~_pending(run_id),
             )
-        if done is not None:
-            _log.info(Event.RUN_SUCCEEDED, total=done.total, published=done.published, skipped=done.skipped)
+        _announce(done)
         return done is not None
 
     def postpone_crawl(self, run_id: UUID, error: PublishError) -> None:
@@ -288,24 +330,30 @@ class Ledger:
                 postponements=runs.c.postponements + 1,
                 stalls=0,
             )
-        if run is not None:
-            _log.warning(
-                Event.RUN_RETRYING, code=error.code, error=str(error), next_attempt_at=run.next_attempt_at.isoformat()
-            )
+        _announce(run)
 
     def fail(self, run_id: UUID, error: OrchestratorError) -> None:
         """End a running run as failed, with the error's code and sentence."""
         with self._database.transaction() as connection:
             run = _end(connection, run_id, RunState.FAILED, error.code, str(error))
-        if run is not None:
-            _log.error(Event.RUN_FAILED, code=error.code, error=str(error))
+        _announce(run)
+
+    def note_fault(self, run_id: UUID, error: BaseException) -> bool:
+        """Note on an unfinished run what went wrong unforeseen; return whether the ledger has the run at all.
+
+        Its state stays: the pulse brings it up again, and too many deliveries without progress end it.
+        """
+        values = {"error_code": "internal_error", "error_message": _first_words(error)}
+        with self._database.transaction() as connection:
+            connection.execute(update(runs).where(runs.c.id == run_id, runs.c.state.in_(UNFINISHED)).values(values))
+            return connection.scalar(select(exists().where(runs.c.id == run_id))) is True
 
     # --- Site analyses -------------------------------------------------------------------------------------
 
     def begin_attempt(
         self, run_id: UUID, *, node: str, lease: float, max_retries: int, cap: int, node_cap: int
-    ) -> Attempt | None:
-        """Record one call to the Discovery Service before it is made; return none when none may be made now.
+    ) -> Attempt | NoAttempt:
+        """Record one call to the Discovery Service before it is made; say why when none may be made now.
 
         An attempt whose lease ran out becomes ``lost`` first, which counts. When ``cap`` calls are under way
         everywhere, or ``node_cap`` by this node, the run is set aside for :meth:`next_waiting`.
@@ -323,16 +371,16 @@ class Ledger:
                 select(runs).where(runs.c.id == run_id, _workable(RunKind.SITE_ANALYSIS)).with_for_update()
             ).one_or_none()
             if run is None or not _lose_expired(connection, run):
-                return None
+                return NoAttempt.NOT_DUE
             done = run.attempts - run.attempts_forgiven
             if done > max_retries:
                 _exhaust(connection, run)
-                return None
+                return NoAttempt.NOT_DUE
             # Serialises the starts of calls, not the calls: two nodes must not both see the last free slot.
             connection.execute(select(func.pg_advisory_xact_lock(self._lock_key("discovery"))))
             if not _slot_free(connection, node, cap, node_cap):
                 _set_aside(connection, run_id)
-                return None
+                return NoAttempt.NO_SLOT
             number = run.attempts + 1
             connection.execute(insert(attempts).values(run_id=run_id, number=number, node=node, lease_until=_in(lease)))
             _begin(connection, run_id, RunKind.SITE_ANALYSIS, wake_in=lease, attempts=number, awaits_slot=None)
@@ -347,7 +395,9 @@ class Ledger:
             retry_in: seconds until the next attempt; none when there will be none.
         """
         next_attempt_at = None if retry_in is None else _in(retry_in)
+        run: Row[Any] | None = None
         with self._database.transaction() as connection:
+            _run_row(connection, attempt.run_id, lock=True)
             counted = connection.execute(
                 update(attempts)
                 .where(
@@ -369,11 +419,11 @@ class Ledger:
             if not counted:
                 return
             if answer.outcome is AttemptOutcome.SUCCEEDED:
-                _end(connection, attempt.run_id, RunState.SUCCEEDED, None, None)
+                run = _end(connection, attempt.run_id, RunState.SUCCEEDED, None, None)
             elif retry_in is None:
-                _end(connection, attempt.run_id, RunState.FAILED, answer.code, answer.message)
+                run = _end(connection, attempt.run_id, RunState.FAILED, answer.code, answer.message)
             else:
-                _transition(
+                run = _transition(
                     connection,
                     attempt.run_id,
                     RunState.RETRYING,
@@ -383,6 +433,7 @@ class Ledger:
                     wake_at=next_attempt_at,
                     progress_at=_clock,
                 )
+        _announce(run)
 
     def next_waiting(self) -> WakeUp | None:
         """Take the oldest run that was set aside for want of a free call, if there is one."""
@@ -419,9 +470,16 @@ class Ledger:
             run = _end(connection, run_id, RunState.CANCELED, "canceled", message, wake_at=_clock)
             if run is None:
                 raise _illegal(before, "canceled")
-            skipped = _skip_pending(connection, run_id)
             _audit(connection, actor, "cancel", before, RunState.CANCELED, reason)
+        # In short transactions: workers in mid-batch wait for the run's row, with confirmed messages in hand.
+        skipped = 0
+        while count := self._skip_some(run_id):
+            skipped += count
         _log.info(Event.RUN_CANCELED, run_id=str(run_id), actor=actor, skipped=skipped)
+
+    def _skip_some(self, run_id: UUID) -> int:
+        with self._database.transaction() as connection:
+            return _skip_pending(connection, run_id)
 
     def revive(self, run_id: UUID, *, actor: str, reason: str | None = None) -> WakeUp:
         """Put a failed run back in the queue: same run, plan and message ids; attempt numbers go on.
@@ -451,13 +509,14 @@ class Ledger:
                 attempts_forgiven=runs.c.attempts,
                 stalls=0,
                 wakes=0,
+                wake_number=runs.c.wake_number + 1,
                 postponements=0,
             )
             if run is None:
                 raise _illegal(before, "retried")
             _audit(connection, actor, "retry", before, RunState.QUEUED, reason)
         _log.info(Event.RUN_REVIVED, run_id=str(run_id), actor=actor)
-        return WakeUp(run_id, arguments, before.traceparent)
+        return _wake_up(run)
 
     # --- The pulse -----------------------------------------------------------------------------------------
 
@@ -538,7 +597,11 @@ _TAKE: Final = (
 )
 # A plan that was just made has no statistics yet. Taken for a few rows, all that is left of it would be fetched and
 # sorted for each batch: measured 11 s instead of 2.6 s for 300,000 sources, and it grows with the square.
-_ALONG_THE_KEY: Final = select(func.set_config("enable_sort", "off", literal(value=True)))
+# And with confirmed messages in hand a batch waits for the run's row as long as the session may be idle, or nearly.
+_FOR_A_BATCH: Final = select(
+    func.set_config("enable_sort", "off", literal(value=True)),
+    func.set_config("lock_timeout", "25s", literal(value=True)),
+)
 _MARK: Final = (
     update(dispatches)
     .where(
@@ -595,7 +658,7 @@ def _wake_up(run: Row[Any]) -> WakeUp:
     arguments = _arguments(run)
     if arguments is None:
         raise AssertionError(f"run {run.id} is unfinished and has no arguments")
-    return WakeUp(run.id, arguments, run.traceparent)
+    return WakeUp(run.id, arguments, run.traceparent, run.wake_number)
 
 
 def _insert_run(connection: Connection, values: dict[str, object]) -> bool:
@@ -620,7 +683,14 @@ def _workable(kind: RunKind) -> ColumnElement[bool]:
     return (runs.c.kind == kind) & runs.c.state.in_(UNFINISHED) & due
 
 
-def _begin(connection: Connection, run_id: UUID, kind: RunKind, *, wake_in: float, **values: object) -> Row[Any] | None:
+def _begin(
+    connection: Connection,
+    run_id: UUID,
+    kind: RunKind,
+    *conditions: ColumnElement[bool],
+    wake_in: float,
+    **values: object,
+) -> Row[Any] | None:
     """Make a run running if it may work now (again); count a stall if nothing moved since the last one."""
     # Many deliveries within moments are a storm, not a run that kills its workers: they count once.
     stalled = func.greatest(runs.c.progress_at, runs.c.stalled_at) < _in(-5)
@@ -629,14 +699,15 @@ def _begin(connection: Connection, run_id: UUID, kind: RunKind, *, wake_in: floa
         "next_attempt_at": None,
         "wake_at": _in(wake_in),
         "wakes": 0,
+        "stale_below": runs.c.wake_number + 1,
         "stalls": case((stalled, runs.c.stalls + 1), else_=runs.c.stalls),
         "stalled_at": case((stalled, _clock), else_=runs.c.stalled_at),
         **values,
     }
-    run = _transition(connection, run_id, RunState.RUNNING, None, None, _workable(kind), **moved)
+    run = _transition(connection, run_id, RunState.RUNNING, None, None, _workable(kind), *conditions, **moved)
     if run is not None:
         return run
-    again = update(runs).where(runs.c.id == run_id, runs.c.state == RunState.RUNNING, _workable(kind))
+    again = update(runs).where(runs.c.id == run_id, runs.c.state == RunState.RUNNING, _workable(kind), *conditions)
     return connection.execute(again.values(moved).returning(runs)).one_or_none()
 
 
@@ -693,6 +764,23 @@ def _record(connection: Connection, run: Row[Any], event: Event, code: str | Non
     )
 
 
+def _announce(run: Row[Any] | None) -> None:
+    """Log how a run now stands, if it changed."""
+    if run is None:
+        return
+    run_id, counts = str(run.id), {"total": run.total, "published": run.published, "skipped": run.skipped}
+    match run.state:
+        case RunState.SUCCEEDED:
+            _log.info(Event.RUN_SUCCEEDED, run_id=run_id, kind=run.kind, **counts)
+        case RunState.FAILED:
+            _log.error(Event.RUN_FAILED, run_id=run_id, kind=run.kind, code=run.error_code, error=run.error_message)
+        case RunState.RETRYING:
+            moment = run.next_attempt_at.isoformat()
+            _log.warning(
+                Event.RUN_RETRYING, run_id=run_id, code=run.error_code, error=run.error_message, next_attempt_at=moment
+            )
+
+
 def _audit(
     connection: Connection, actor: str, action: str, before: Row[Any], after: RunState, reason: str | None
 ) -> None:
@@ -706,6 +794,10 @@ def _audit(
             after={"state": after},
         )
     )
+
+
+def _first_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0].replace("\x00", "")[:500]
 
 
 def _illegal(run: Row[Any], wanted: str) -> IllegalTransitionError:
@@ -748,10 +840,11 @@ def _pending(run_id: UUID) -> ColumnElement[bool]:
 
 
 def _skip_pending(connection: Connection, run_id: UUID) -> int:
-    """Skip a canceled run's pending rows that nobody is publishing; keep its wake-up while any are left."""
+    """Skip some of a canceled run's pending rows that nobody is publishing; keep its wake-up while any are left."""
     unlocked = (
         select(dispatches.c.data_source_id)
         .where(dispatches.c.run_id == run_id, dispatches.c.state == DispatchState.PENDING)
+        .limit(SKIP_BATCH)
         .with_for_update(skip_locked=True)
         .cte("unlocked")
     )
@@ -782,14 +875,33 @@ def _claim_due(connection: Connection, limit: int) -> tuple[int, list[WakeUp]]:
         if run.state == RunState.CANCELED:
             _skip_pending(connection, run.id)
     waking = [run for run in due if run.state in UNFINISHED and not _complete_if_done(connection, run)]
-    if waking:
-        backoff = func.least(LONGEST_SILENCE, SILENCE * func.power(2, func.least(runs.c.wakes, 10)))
-        connection.execute(
-            update(runs)
-            .where(runs.c.id.in_([run.id for run in waking]))
-            .values(wakes=runs.c.wakes + 1, wake_at=_in(backoff))
-        )
-    return len(due), [_wake_up(run) for run in waking]
+    if not waking:
+        return len(due), []
+    claimed = connection.execute(
+        update(runs)
+        .where(runs.c.id.in_([run.id for run in waking]))
+        .values(wakes=runs.c.wakes + 1, wake_number=runs.c.wake_number + 1, wake_at=_in(_backoff(LONGEST_SILENCE)))
+        .returning(runs)
+    ).all()
+    rank = {run.id: place for place, run in enumerate(waking)}
+    oldest_first = sorted(claimed, key=lambda run: rank[run.id])
+    return len(due), [wake_up for run in oldest_first if (wake_up := _wake_up_or_fail(connection, run)) is not None]
+
+
+def _backoff(longest: float) -> ColumnElement[Any]:
+    """Seconds until a run that was woken so often is woken again."""
+    return func.least(longest, SILENCE * func.power(2, func.least(runs.c.wakes, 10)))
+
+
+def _wake_up_or_fail(connection: Connection, run: Row[Any]) -> WakeUp | None:
+    """Contain a row that today's rules do not accept: it must not keep the pulse from all the others."""
+    try:
+        return _wake_up(run)
+    except InvalidArgumentsError as error:
+        if run.state != RunState.RUNNING:
+            _transition(connection, run.id, RunState.RUNNING, None, None)
+        _announce(_end(connection, run.id, RunState.FAILED, error.code, str(error)))
+        return None
 
 
 def _complete_if_done(connection: Connection, run: Row[Any]) -> bool:
@@ -813,7 +925,7 @@ def _lose_expired(connection: Connection, run: Row[Any]) -> bool:
         return False
     connection.execute(
         update(attempts)
-        .where(attempts.c.run_id == run.id, attempts.c.number == open_attempt.number)
+        .where(attempts.c.run_id == run.id, attempts.c.number == open_attempt.number, attempts.c.finished_at.is_(None))
         .values(finished_at=_clock, outcome=AttemptOutcome.LOST, code="lost", message=_LOST)
     )
     _log.warning(Event.ATTEMPT_LOST, run_id=str(run.id), number=open_attempt.number)
@@ -827,8 +939,7 @@ def _exhaust(connection: Connection, run: Row[Any]) -> None:
     """Fail a run whose last allowed attempt was lost."""
     if run.state != RunState.RUNNING:
         _transition(connection, run.id, RunState.RUNNING, None, None)
-    _end(connection, run.id, RunState.FAILED, "lost", _LOST)
-    _log.error(Event.RUN_FAILED, run_id=str(run.id), code="lost", error=_LOST)
+    _announce(_end(connection, run.id, RunState.FAILED, "lost", _LOST))
 
 
 def _slot_free(connection: Connection, node: str, cap: int, node_cap: int) -> bool:
@@ -846,6 +957,6 @@ def _set_aside(connection: Connection, run_id: UUID) -> None:
         .where(runs.c.id == run_id)
         .values(
             awaits_slot="discovery_concurrency",
-            wake_at=_in(func.least(LONGEST_SILENCE, SILENCE * func.power(2, func.least(runs.c.wakes, 10)))),
+            wake_at=_in(_backoff(LONGEST_WAIT_FOR_SLOT)),
         )
     )

@@ -43,14 +43,17 @@ class Pulse:
         self._failures = 0
 
     def once(self) -> float:
-        """Do one round; return how many seconds to wait before the next. Never raises for an outage."""
+        """Do one round; return how many seconds to wait before the next. Never raises."""
         try:
             self._show_life()
             self._wake()
         except TransientError as error:
-            self._failures += 1
-            pause = min(PERIOD * self._failures, _LONGEST_PAUSE)
+            pause = self._pause()
             _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error), delay=pause)
+            return pause
+        except Exception:  # noqa: BLE001 -- it heals everything else, so nothing may end it
+            pause = self._pause()
+            _log.exception(Event.PULSE_FAILED, code="internal_error", delay=pause)
             return pause
         self._failures = 0
         # Uneven, so that many nodes do not ask for the lock at the same moment for ever.
@@ -68,6 +71,10 @@ class Pulse:
             self._ledger.sign_off(self._node)
         except TransientError as error:
             _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error))
+
+    def _pause(self) -> float:
+        self._failures += 1
+        return min(PERIOD * self._failures, _LONGEST_PAUSE)
 
     def _show_life(self) -> None:
         if monotonic() - self._seen_at >= HEARTBEAT:

@@ -13,8 +13,8 @@ from typing import Any, Final
 from celery.app.task import Context, Task
 from celery.exceptions import Reject
 
-from orchestrator.bootstrap import services
-from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, app
+from orchestrator.bootstrap import services, stopping
+from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, WAKE_NUMBER, app
 from orchestrator.domain import (
     AnalysisArguments,
     Arguments,
@@ -34,6 +34,7 @@ from orchestrator.worker import EXPIRES, NOT_BEFORE, this_node
 PATIENCE: Final = 120.0
 """Seconds that a delivery waits for the database before it gives its message back to the broker."""
 _LONGEST_PAUSE: Final = 5.0
+_LAST_YEAR: Final = 2999
 
 _log = logger(__name__)
 
@@ -41,19 +42,23 @@ _log = logger(__name__)
 @app.task(name=CRAWL_TASK, bind=True, max_retries=3, default_retry_delay=1)
 def execute_crawl_task(self: Task[Any, Any], /, *args: object, **kwargs: object) -> None:
     """Fan one crawl task out to ``extraction_queue``: ``execute_crawl_task(task_id: int)``."""
-    _patiently(self.request, lambda: _crawl(self.request, args, kwargs))
+    _patiently(self.request, RunKind.CRAWL, lambda: _crawl(self.request, args, kwargs))
 
 
 @app.task(name=ANALYSIS_TASK, bind=True, max_retries=3, default_retry_delay=1)
 def trigger_site_analysis(self: Task[Any, Any], /, *args: object, **kwargs: object) -> None:
     """Ask the Discovery Service to analyse a site: ``trigger_site_analysis(data_source_id: int, theme_name: str)``."""
-    _patiently(self.request, lambda: _analyse(self.request, args, kwargs))
+    _patiently(self.request, RunKind.SITE_ANALYSIS, lambda: _analyse(self.request, args, kwargs))
 
 
 def _crawl(request: Context, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     new = _accept(request, RunKind.CRAWL, CrawlArguments, args, kwargs)
-    if new is not None and services().fan_out.deliver(new.run_id):
-        _wake(_wake_up(new))
+    if new is None:
+        return
+    number = request.get(WAKE_NUMBER)
+    continuation = services().fan_out.deliver(new.run_id, number if isinstance(number, int) else None)
+    if continuation is not None:
+        _wake(continuation)
 
 
 def _analyse(request: Context, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
@@ -62,7 +67,7 @@ def _analyse(request: Context, args: tuple[object, ...], kwargs: Mapping[str, ob
         return
     ours = services()
     node = this_node()
-    waiting = ours.analyser.deliver(_wake_up(new), node=node.name, caps=ours.caps(node))
+    waiting = ours.analyser.deliver(new.wake_up, node=node.name, caps=ours.caps(node))
     if waiting is not None:
         _wake(waiting)
 
@@ -80,6 +85,7 @@ def _accept(
     ledger = services().ledger
     try:
         arguments = _parse(parse, args, kwargs)
+        not_before, expires = _moment("eta", request.get(NOT_BEFORE)), _moment("expires", request.get(EXPIRES))
     except InvalidArgumentsError as error:
         ledger.record_ended(
             {"id": run_id, "kind": kind, "trigger": Trigger.CELERY, "traceparent": traceparent, "celery_id": celery_id},
@@ -88,17 +94,12 @@ def _accept(
             str(error),
         )
         return None
-    not_before, expires = _moment(request.get(NOT_BEFORE)), _moment(request.get(EXPIRES))
     new = NewRun(run_id, arguments, Trigger.CELERY, traceparent, celery_id=celery_id, not_before=not_before)
-    if expires is not None and expires <= datetime.now(UTC):
+    if expires is not None and expires <= max(datetime.now(UTC), not_before or datetime.now(UTC)):
         ledger.expire(new)
         return None
     ledger.accept(new, delivered=True)
     return new
-
-
-def _wake_up(new: NewRun) -> WakeUp:
-    return WakeUp(new.run_id, new.arguments, new.traceparent)
 
 
 def _parse(parse: Callable[..., Arguments], args: tuple[object, ...], kwargs: Mapping[str, object]) -> Arguments:
@@ -109,14 +110,22 @@ def _parse(parse: Callable[..., Arguments], args: tuple[object, ...], kwargs: Ma
     return parse(*args, **kwargs)
 
 
-def _moment(text: object) -> datetime | None:
-    if not isinstance(text, str):
+def _moment(name: str, text: object) -> datetime | None:
+    """Read a moment of the caller's; without a zone it is UTC, as Celery sends it.
+
+    Raises:
+        InvalidArgumentsError: it is none, or none that can be waited for.
+    """
+    if text is None:
         return None
     try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        moment = datetime.fromisoformat(str(text))
+        moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidArgumentsError(f"{name} must be an ISO 8601 time, got {str(text)[:50]!r}") from None
+    if moment.year > _LAST_YEAR:
+        raise InvalidArgumentsError(f"{name} must be before the year {_LAST_YEAR + 1}, got {str(text)[:50]!r}")
+    return moment
 
 
 def _wake(wake_up: WakeUp) -> None:
@@ -127,7 +136,7 @@ def _wake(wake_up: WakeUp) -> None:
         _log.warning(Event.WAKE_UP_FAILED, code=error.code, error=str(error))
 
 
-def _patiently(request: Context, deliver: Callable[[], None]) -> None:
+def _patiently(request: Context, kind: RunKind, deliver: Callable[[], None]) -> None:
     """Deliver, waiting for the database while it is away; every step of a delivery may be repeated.
 
     Raises:
@@ -142,9 +151,32 @@ def _patiently(request: Context, deliver: Callable[[], None]) -> None:
                 deliver()
             except TransientError as error:
                 _log.warning(Event.DATABASE_WAITING, code=error.code, error=str(error), delay=pause)
-                if monotonic() > give_up_at:
+                if monotonic() > give_up_at or stopping():
                     raise Reject(str(error), requeue=True) from error
                 sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
+            except Exception as error:  # noqa: BLE001 -- whatever it is, the message must leave a trace
+                _log.exception(Event.DELIVERY_FAILED)
+                _record_fault(request, kind, error)
+                return
             else:
                 return
+
+
+def _record_fault(request: Context, kind: RunKind, error: Exception) -> None:
+    """Put a fault of ours into the ledger: a message must not be acknowledged as if nothing had happened.
+
+    Raises:
+        Reject: the ledger cannot take it; the message goes back to the broker.
+    """
+    run_id, celery_id = run_id_of(str(request.id))
+    ledger = services().ledger
+    try:
+        if not ledger.note_fault(run_id, error):
+            values = {"id": run_id, "kind": kind, "trigger": Trigger.CELERY, "celery_id": celery_id}
+            traceparent = {"traceparent": traceparent_of(run_id, request.get("traceparent"))}
+            message = f"{type(error).__name__}: {str(error)[:200]}".replace("\x00", "")
+            ledger.record_ended(values | traceparent, RunState.FAILED, "internal_error", message)
+    except Exception as second:
+        sleep(_LONGEST_PAUSE)
+        raise Reject(repr(second)[:200], requeue=True) from second

@@ -6,18 +6,22 @@ wake-up needs, so that no header of a client can expire, revoke, delay or kill a
 """
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable
+from time import sleep
 from typing import Any, Final
 
 from celery import bootsteps, signals
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Connection, Message
+from kombu.utils.json import dumps
 
 from orchestrator import bootstrap
-from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, app, declare_topology
+from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, WAKE_NUMBER, Sender, app, declare_topology
 from orchestrator.domain import Node
-from orchestrator.errors import PublishError
+from orchestrator.errors import ConfigurationError, PublishError
 from orchestrator.settings import current
 from orchestrator.telemetry import Event, configure_logging, logger
 
@@ -26,7 +30,11 @@ EXPIRES: Final = "orchestrator_expires"
 _OURS: Final = frozenset({ANALYSIS_TASK, CRAWL_TASK})
 _LONGEST_ID: Final = 500
 
+_BURY_AGAIN: Final = 10.0  # seconds
+
 _log = logger(__name__)
+# The consumer's own connection: the pulse may be in the middle of many confirms on the other.
+_undertaker: Final = Sender()
 _node: Node = Node("unnamed", "worker")
 
 
@@ -44,8 +52,16 @@ def _configure_logging(**_: object) -> None:
 def _prepare(sender: Any, **_: object) -> None:
     global _node  # noqa: PLW0603 -- set once, before the pool forks: children inherit it
     configure_logging(current().log)
-    bootstrap.await_migrated()
-    _node = Node(sender.hostname, "worker", tuple(app.amqp.queues.consume_from), sender.concurrency)
+    try:
+        bootstrap.await_migrated()
+    except ConfigurationError as error:
+        # Celery logs what a signal's receiver raises and goes on; this is nothing to go on with.
+        sys.stderr.write(f"orchestrator: {error}\n")
+        raise SystemExit(2) from None
+    # Celery's name is the same for every default worker of a host; a heartbeat is one process's.
+    name = f"{sender.hostname}:{os.getpid()}"
+    concurrency = 1 if "solo" in str(sender.pool_cls) else sender.concurrency
+    _node = Node(name, "worker", tuple(app.amqp.queues.consume_from), concurrency)
 
 
 @signals.worker_shutting_down.connect
@@ -97,6 +113,9 @@ class Consumer(CeleryConsumer):
     def connect(self) -> Connection:
         """Connect, and declare what is missing: whoever comes first, and again after a broker lost it."""
         connection: Connection = super().connect()
+        # Prefetch per consumer: quorum queues refuse the global kind (540), and Celery looks for them among the
+        # arguments that a queue was declared with, of which ours have none.
+        connection.transport.qos_semantics_matches_spec = lambda _: True  # type: ignore[method-assign, assignment] # no setting
         declare_topology(connection)
         return connection
 
@@ -141,19 +160,26 @@ class Consumer(CeleryConsumer):
             "x-original-headers": json.dumps(message.headers, default=repr)[:10_000].replace("\\u0000", ""),
         }
         try:
-            bootstrap.services().sender.bury(
-                message.body, headers, message.content_type or "", message.content_encoding or ""
-            )
+            _undertaker.bury(message.body, headers, message.content_type or "", message.content_encoding or "")
         except PublishError as error:
-            # Not lost: back to the queue it came from, to be tried again.
-            _log.warning(Event.WAKE_UP_FAILED, code=error.code, error=str(error))
-            message.requeue()
+            _log.warning(Event.DEAD_LETTER_FAILED, code=error.code, error=str(error), delay=_BURY_AGAIN)
+            self._requeue_later(message)
             return
         message.ack_log_error(_log, self.connection_errors)  # type: ignore[attr-defined] # celery-types omits it
         task = str(message.headers.get("task", ""))[:200]
         _log.error(
             Event.MESSAGE_DEAD_LETTERED, reason=reason, task=task, message_id=message.properties.get("message_id")
         )
+
+    def _requeue_later(self, message: Message) -> None:
+        """Give a message back after a pause: at once would be a loop as fast as the broker."""
+        hub = getattr(self, "hub", None)
+        if hub is not None:
+            hub.call_later(_BURY_AGAIN, message.reject_log_error, _log, self.connection_errors, True)  # type: ignore[attr-defined] # noqa: FBT003 -- celery-types omits it; kombu's positional requeue
+        else:
+            # Without an event loop this is the thread that consumes; a short pause is all it can afford.
+            sleep(1)
+            message.requeue()
 
 
 def reduce_to_wake_up(message: Message) -> None:
@@ -171,27 +197,35 @@ def reduce_to_wake_up(message: Message) -> None:
         raise _UndeliverableError(f"undecodable: {type(error).__name__}: {error}") from error
     headers: dict[str, Any] = message.headers or {}
     if "task" in headers:
-        _vet(headers, payload)
+        args, kwargs = _vet(headers, payload)
         message.headers = _reduced(headers)
+        message.body = dumps([args, kwargs, {}]).encode()  # type: ignore[assignment] # bytes, whatever the stubs say
+        message.content_type, message.content_encoding = "application/json", "utf-8"
     elif isinstance(payload, dict) and "task" in payload:
         # Message protocol 1, all in the body.
-        _vet(payload, [payload.get("args"), payload.get("kwargs"), {}])
-        reduced = _reduced(payload) | {"args": payload["args"], "kwargs": payload["kwargs"]}
+        args, kwargs = _vet(payload, [payload.get("args"), payload.get("kwargs"), {}])
+        reduced = _reduced(payload) | {"args": args, "kwargs": kwargs}
         payload.clear()
         payload.update(reduced)
     else:
         raise _UndeliverableError("not a Celery task message: it names no task")
 
 
-def _vet(facts: dict[str, Any], body: object) -> None:
+def _vet(facts: dict[str, Any], body: object) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments; what else the body has (callbacks, chains) would follow a delivery, not a run: dropped.
+
+    Raises:
+        _UndeliverableError: no task can take it.
+    """
     if not isinstance(facts["task"], str) or facts["task"] not in _OURS:
         raise _UndeliverableError(f"unknown task {str(facts['task'])[:200]!r}")
     task_id = facts.get("id")
     if not isinstance(task_id, str) or not 1 <= len(task_id) <= _LONGEST_ID:
         raise _UndeliverableError(f"the task id must be text of 1 to {_LONGEST_ID} characters")
     match body:
-        case [list(), dict(), dict() | None]:
-            return
+        case [list() as args, dict() as kwargs, dict() | None]:
+            # Celery's own wrapper would trip over a keyword argument of that name, before any code of ours runs.
+            return args, {f"{name}_" if name == "self" else str(name): value for name, value in kwargs.items()}
     raise _UndeliverableError("the body must be a list of arguments, keyword arguments and embedded signatures")
 
 
@@ -201,13 +235,16 @@ def _reduced(facts: dict[str, Any]) -> dict[str, Any]:
         "task": facts["task"],
         "id": facts["id"],
         "root_id": facts["id"],
-        "retries": facts.get("retries") if facts.get("retries") in range(100) else 0,
+        # Celery counts here how often it retried after losing a child; a caller's own number means nothing.
+        "retries": facts["retries"] if NOT_BEFORE in facts and facts.get("retries") in range(100) else 0,
         "timelimit": [None, None],
         "argsrepr": str(facts.get("argsrepr", ""))[:200],
         "kwargsrepr": str(facts.get("kwargsrepr", ""))[:200],
         "origin": str(facts.get("origin", ""))[:200],
         "ignore_result": True,
         "traceparent": facts.get("traceparent"),
-        NOT_BEFORE: facts.get("eta"),
-        EXPIRES: facts.get("expires"),
+        WAKE_NUMBER: facts.get(WAKE_NUMBER),
+        # After losing a child Celery sends the message again, with an ETA of its own.
+        NOT_BEFORE: facts[NOT_BEFORE] if NOT_BEFORE in facts else facts.get("eta"),
+        EXPIRES: facts[EXPIRES] if NOT_BEFORE in facts else facts.get("expires"),
     }

@@ -9,7 +9,6 @@ sources, each in a fresh process that does what a worker's child does. Compare t
 """
 
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -46,7 +45,7 @@ def seeds_loop(stack: Stack) -> float:
     started = perf_counter()
     with (
         psycopg.connect(stack.database, autocommit=True) as database,
-        kombu.Connection(stack.broker, transport_options={"confirm_publish": True}) as connection,
+        kombu.Connection(stack.broker or "", transport_options={"confirm_publish": True}) as connection,
     ):
         producer = connection.Producer()
         row = database.execute("SELECT data_source_ids FROM crawl_tasks WHERE id = %s", [SEED_SOURCES]).fetchone()
@@ -86,9 +85,8 @@ def speed(stack: Stack) -> None:
     for name, values in rates.items():
         say(f"{name:16}{statistics.median(values):10,.0f}/s   ({min(values):,.0f} to {max(values):,.0f})")
     whole, loop, limit = (statistics.median(values) for values in rates.values())
-    say(
-        f"whole run / seed's loop {whole / loop:.1f} (target 10)   whole run / frames by hand {whole / limit:.2f} (target 0.3)"
-    )
+    say(f"whole run / seed's loop {whole / loop:.1f} (target 10)")
+    say(f"whole run / frames by hand {whole / limit:.2f} (target 0.3)")
 
 
 def growth(stack: Stack) -> None:
@@ -101,9 +99,8 @@ def growth(stack: Stack) -> None:
         assert stack.broker is not None
         assert queue_depth(stack.broker, QUEUE) == size
         seconds, peak = figures[size]["seconds"], figures[size]["peak"]
-        say(
-            f"{size:>9,} sources{seconds:8.2f} s   {seconds / size * 1e6:6.1f} µs each   peak memory {peak / 1024:6.1f} MiB"
-        )
+        each, mebibytes = seconds / size * 1e6, peak / 1024
+        say(f"{size:>9,} sources{seconds:8.2f} s   {each:6.1f} µs each   peak memory {mebibytes:6.1f} MiB")
     small, middle, large = (figures[size] for size in SIZES)
     say(
         f"memory growth {SIZES[0]:,} to {SIZES[2]:,}: {(large['peak'] - small['peak']) / 1024:.1f} MiB (target 60)   "
@@ -135,19 +132,23 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    with PostgresServer({"fsync": "on", "full_page_writes": "on", "shared_buffers": "256MB"}) as postgres:
-        with RabbitMQServer() as rabbitmq, tempfile.TemporaryDirectory() as directory:
-            stack = Stack.on_rabbitmq(postgres.create_database("bench"), rabbitmq.url, Path(directory))
-            stack.prepare()
-            stack.application.add_sources(max(SIZES))
-            for size in {SOURCES, SEED_SOURCES, *SIZES}:
-                stack.application.add_task(size, range(1, size + 1))
-            stack.execute("ANALYZE crawl_tasks, crawl_configs")
-            try:
-                speed(stack)
-                growth(stack)
-            finally:
-                stack.close()
+    options = {"fsync": "on", "full_page_writes": "on", "shared_buffers": "256MB"}
+    with (
+        PostgresServer(options) as postgres,
+        RabbitMQServer() as rabbitmq,
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        stack = Stack.on_rabbitmq(postgres.create_database("bench"), rabbitmq.url, Path(directory))
+        stack.prepare()
+        stack.application.add_sources(max(SIZES))
+        for size in {SOURCES, SEED_SOURCES, *SIZES}:
+            stack.application.add_task(size, range(1, size + 1))
+        stack.execute("ANALYZE crawl_tasks, crawl_configs")
+        try:
+            speed(stack)
+            growth(stack)
+        finally:
+            stack.close()
 
 
 if __name__ == "__main__":

@@ -127,10 +127,11 @@ class Workbench:
     def begin_attempt(
         self, run_id: UUID, *, node: str = NODE, max_retries: int = 3, cap: int = 100, node_cap: int = 100
     ) -> Attempt | None:
-        """Record one call to the Discovery Service."""
-        return self.ledger.begin_attempt(
+        """Record one call to the Discovery Service; return none when none may be made."""
+        attempt = self.ledger.begin_attempt(
             run_id, node=node, lease=LEASE, max_retries=max_retries, cap=cap, node_cap=node_cap
         )
+        return attempt if isinstance(attempt, Attempt) else None
 
     def wake(self, limit: int = 1_000) -> list[UUID]:
         """Do one round of the pulse; return which runs it woke."""

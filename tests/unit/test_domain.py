@@ -112,5 +112,5 @@ def test_transitions_are_those_of_the_design() -> None:
         ("retrying", "canceled"),
         ("failed", "queued"),
     }
-    assert TERMINAL | UNFINISHED == set(RunState)
+    assert set(RunState) == TERMINAL | UNFINISHED
     assert sources_of(RunState.CANCELED) == UNFINISHED

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 
@@ -20,7 +20,8 @@ from orchestrator.demo.story import Story
 from orchestrator.settings import LogSettings
 from orchestrator.telemetry import configure_logging
 
-MISMATCH = 1
+MISMATCH: Final = 1
+_SHOW_CURSOR: Final = b"\x1b[?25h"  # a progress bar hides it
 
 
 def demo(
@@ -30,11 +31,20 @@ def demo(
 ) -> None:
     """Tell the whole story on sample data: real processes, nothing to configure, nothing left behind."""
     started_at = _started_at()
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _end)
+    code: int | None = None
     configure_logging(LogSettings(level="ERROR"))  # the ledger is what the story tells from
     with Stage() as stage, DiscoveryStub() as discovery:
+
+        def end(number: int, _: object) -> NoReturn:
+            # Not by an exception: what it interrupts may swallow it, as kombu's and psycopg's pools now and then do.
+            stage.close()
+            if sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), _SHOW_CURSOR)
+            os._exit(128 + number if code is None else code)
+
+        for each in SIGNALS:
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                signal.signal(each, end)
         try:
             story = Story(stage, discovery.url, sources, started_at)
             code = 0 if story.tell() else MISMATCH
@@ -43,14 +53,9 @@ def demo(
             raise
         if sys.stdin.isatty() and sys.stdout.isatty() and not once:
             story.invite()
-            signal.signal(signal.SIGINT, lambda *_: sys.exit(code))
             while True:
                 signal.pause()
     raise typer.Exit(code)
-
-
-def _end(number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _started_at() -> float:

@@ -65,9 +65,13 @@ class Stage:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._guard.close()
+        self.close()
         for process in self._processes.values():
             process.wait()
+
+    def close(self) -> None:
+        """End everything now; return when nothing is left. From a signal handler too, and more than once."""
+        self._guard.close()
 
     @property
     def settings_file(self) -> Path:
@@ -179,21 +183,28 @@ class _Guard:
                     _outlive(reading, config)
                 finally:
                     os._exit(0)
-            self._pipe = writing
+            self._pipe: int | None = writing
         os.close(reading)
 
     def watch(self, group: int) -> None:
         """Have a process group killed in the end."""
-        os.write(self._pipe, f"+{group}\n".encode())
+        self._tell(f"+{group}\n")
 
     def forget(self, group: int) -> None:
         """Leave a process group alone: it is gone, and its number may be given to others."""
-        os.write(self._pipe, f"-{group}\n".encode())
+        self._tell(f"-{group}\n")
 
     def close(self) -> None:
-        """End everything now; return when it is done."""
-        os.close(self._pipe)
-        os.waitpid(self._pid, 0)
+        """Have everything ended now; return when it is done. A signal handler may call it amid another call."""
+        if self._pipe is not None:
+            pipe, self._pipe = self._pipe, None
+            os.close(pipe)
+        with suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+    def _tell(self, line: str) -> None:
+        if self._pipe is not None:
+            os.write(self._pipe, line.encode())
 
 
 def _outlive(pipe: int, config: ServerConfig) -> None:

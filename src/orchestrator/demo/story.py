@@ -112,7 +112,7 @@ class Story:
         # Before the database: whoever comes first starts it, the others join.
         self._start_worker(_WORKERS[0])
         bootstrap.home.open()
-        with psycopg.connect(self._ours.database.conninfo, autocommit=True) as self._connection:
+        with self._client, psycopg.connect(self._ours.database.conninfo, autocommit=True) as self._connection:
             self._everything_starts()
             analyses = self._analyses_are_triggered()
             self._a_crawl_is_planned()

@@ -10,7 +10,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, literal, select
 from sqlalchemy.schema import CreateSchema
 
 from orchestrator.db import Database
@@ -31,6 +31,9 @@ def upgrade(database: Database, *, with_queues: bool) -> bool:
         DatabaseUnavailableError: the database cannot be reached.
     """
     with database.transaction() as connection:
+        # Our sessions' time-outs are for work: an index on a large table takes as long as it takes.
+        for name in ("lock_timeout", "statement_timeout"):
+            connection.execute(select(func.set_config(name, "0", literal(value=True))))
         # Held to the end of the transaction: a second process waits here and then finds nothing to do.
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("orchestrator:migrate", 0))))
         installed = with_queues and _install_queues(connection)

@@ -33,6 +33,14 @@ class Receipt:
 class Publisher(Protocol):
     """Publishes extraction requests. Used by one thread at a time."""
 
+    def prepare(self) -> None:
+        """Open what publishing needs, so that publishing itself is quick.
+
+        Raises:
+            PublishError: it cannot be opened.
+        """
+        ...
+
     def publish(self, batch: ExtractionBatch, transaction: Connection) -> Receipt:
         """Publish a batch; return within seconds, whatever the broker does.
 
@@ -66,6 +74,10 @@ class PerThread:
     def __init__(self, make: Callable[[], Publisher]) -> None:
         self._make = make
         self._local = threading.local()
+
+    def prepare(self) -> None:
+        """See :class:`Publisher`."""
+        self._mine().prepare()
 
     def publish(self, batch: ExtractionBatch, transaction: Connection) -> Receipt:
         """See :class:`Publisher`."""

@@ -80,6 +80,9 @@ class PostgresPublisher:
             return Receipt((), error)
         return Receipt(sources)
 
+    def prepare(self) -> None:
+        """Do nothing: the connection is the caller's."""
+
     def check(self) -> str:
         """Make sure of the queue and of the right to insert into it; return where it is.
 

@@ -102,6 +102,14 @@ class RabbitMQPublisher:
         self._patience = patience
         self._line: _Line | None = None
 
+    def prepare(self) -> None:
+        """Connect, unless there is a good connection.
+
+        Raises:
+            PublishError: it cannot.
+        """
+        self._ready_line()
+
     def publish(self, batch: ExtractionBatch, transaction: Connection) -> Receipt:  # noqa: ARG002 -- the port's signature
         """Publish a batch; return within :attr:`Patience.batch` and the time to connect."""
         sources = [source for source, _ in batch.sources]

@@ -101,6 +101,17 @@ def upgrade() -> None:
         sa.Column(
             "wakes", sa.Integer(), server_default="0", nullable=False, comment="wake-ups since the last delivery"
         ),
+        sa.Column(
+            "wake_number", sa.Integer(), server_default="0", nullable=False, comment="of the newest wake-up sent"
+        ),
+        sa.Column("begun_by", sa.Integer(), nullable=True, comment="number of the wake-up whose delivery began last"),
+        sa.Column(
+            "stale_below",
+            sa.Integer(),
+            server_default="0",
+            nullable=False,
+            comment="wake-ups below were sent before that",
+        ),
         sa.Column("awaits_slot", sa.Text(), nullable=True, comment="why no call could start: the cap that was reached"),
         sa.Column("error_code", sa.Text(), nullable=True),
         sa.Column("error_message", sa.Text(), nullable=True),
