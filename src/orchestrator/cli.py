@@ -4,6 +4,7 @@ Results go to standard output; warnings, progress and logs to standard error. Ex
 2 usage or configuration, 130 interrupted. An error of ours is one line, never a traceback. Times are UTC.
 """
 
+import ctypes
 import getpass
 import json
 import os
@@ -64,6 +65,7 @@ INTERRUPTED: Final = 130
 
 _POLL: Final = 0.3  # seconds
 _SHOWN: Final = 20
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _ID: Final = re.compile(r"[0-9a-f]{4,32}")
 _STYLES: Final[dict[str, str]] = {
     RunState.QUEUED: "cyan",
@@ -298,7 +300,11 @@ class _Crew:
     def _start(self, name: str) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._OURS_ALONE)  # a child inherits the mask
         try:
-            self._children[name] = subprocess.Popen(self._commands[name], stdin=subprocess.DEVNULL)  # noqa: S603 -- ours
+            self._children[name] = subprocess.Popen(  # noqa: S603 -- ours
+                self._commands[name],
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 -- no other thread is running
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._started_at[name] = time.monotonic()
@@ -310,6 +316,12 @@ class _Crew:
         pause = min(2.0 ** (self._deaths[name] - 1), self.LONGEST_PAUSE)
         self._due_at[name] = now + pause
         _say(f"orchestrator: the {name} ended with {code}; it starts again in {pause:.0f} s")
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this child, in an orderly way, should its parent be killed -9 (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
