@@ -617,6 +617,8 @@ def _waits_for(view: RunView, nodes: Sequence[NodeView]) -> str:
     crawl = view.kind is RunKind.CRAWL
     queue = CRAWL_QUEUE if crawl else ANALYSIS_QUEUE
     match view.state:
+        case RunState.FAILED if (view.task_id if crawl else view.theme_name) is None:
+            return "nothing: its arguments were unusable; start a new run"
         case RunState.FAILED:
             return f"you: `orchestrator retry {view.id}` puts it back in the queue"
         case RunState.SUCCEEDED | RunState.CANCELED:
@@ -628,6 +630,8 @@ def _waits_for(view: RunView, nodes: Sequence[NodeView]) -> str:
             waits_for = f"{view.pending} messages to be published" if view.total else "its plan to be made"
         case RunState.RUNNING:
             waits_for = f"the answer of the Discovery Service to call {view.attempts}"
+        case _ if view.awaits_slot is not None:
+            waits_for = "a free call to the Discovery Service: as many as may be are under way"
         case _ if view.next_attempt_at is not None:
             waits_for = f"the time that its caller asked for, {_stamp(view.next_attempt_at)}"
         case _:
