@@ -71,7 +71,8 @@ def test_sigterm_in_mid_fan_out_hands_over(make_rabbitmq: StackFactory) -> None:
 
 
 def test_cancel_in_mid_fan_out_stops_it_and_the_counts_add_up(make_stack: StackFactory) -> None:
-    stack = make_stack(DISPATCH__BATCH_SIZE="50")
+    # Small batches, for the command line takes seconds to start.
+    stack = make_stack(DISPATCH__BATCH_SIZE="5")
     task_id = a_big_task(stack)
     stack.worker(concurrency=1)
     run_id = stack.crawl(task_id)

@@ -402,7 +402,8 @@ def test_the_second_interrupt_kills(application: Application, shell: Shell) -> N
 
 def test_worker_passes_its_arguments_to_celery(shell: Shell) -> None:
     with shell.start("worker", "-Q", "orchestrator.crawl", "-c", "1", "-n", "named@here") as process:
-        eventually(lambda: "named@here" in _alive(shell), within=_LIMIT, what="the worker shows signs of life")
+        name = f"named@here:{process.pid}"
+        eventually(lambda: name in _alive(shell), within=_LIMIT, what="the worker shows signs of life")
         [node] = shell.succeed("workers", "--json").document["nodes"]
         assert (node["queues"], node["concurrency"]) == (["orchestrator.crawl"], 1)
         assert process.terminate(within=30) == 0
