@@ -62,13 +62,20 @@ def test_a_batch_renders_exactly_the_promised_body() -> None:
 
     first, second = batch.messages()
 
-    assert first == (1, uuid5(RUN, "1"), second[2].replace(b"12", b"11").replace(b"9223372036854775807", b"1"))
+    assert first == (1, str(uuid5(RUN, "1")), second[2].replace(b"12", b"11").replace(b"9223372036854775807", b"1"))
     assert json.loads(second[2]) == {
         "crawl_config_id": 12,
         "data_source_id": 2**63 - 1,
         "task_id": 7,
         "run_id": str(RUN),
     }
+
+
+@given(st.uuids(), st.integers(1, 2**63 - 1))
+def test_a_batch_and_a_single_id_agree(run_id: UUID, source: int) -> None:
+    [(_, rendered, _)] = ExtractionBatch(run_id, 1, "", [(source, 1)]).messages()
+
+    assert rendered == str(message_id(run_id, source)) == str(uuid5(run_id, str(source)))
 
 
 def test_a_message_id_is_fixed_for_ever() -> None:

@@ -120,11 +120,11 @@ class RabbitMQPublisher:
         except PublishError as error:
             return Receipt((), error)
         # Made while the broker is busy with those before; making all first would cost a tenth of the rate.
-        messages = ((str(message_id).encode(), body) for _, message_id, body in batch.messages())
+        messages = ((message_id.encode(), body) for _, message_id, body in batch.messages())
         fate = self._send(line, extraction_template(self._queue, batch.traceparent, line.channel), messages)
         if fate.error is None:
             return Receipt(sources)
-        ids = (str(message_id).encode() for _, message_id, _ in batch.messages())
+        ids = (message_id.encode() for _, message_id, _ in batch.messages())
         return Receipt(list(compress(sources, fate.confirmed(ids))), fate.error)
 
     def check(self) -> str:
