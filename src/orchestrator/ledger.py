@@ -94,8 +94,6 @@ _log = logger(__name__)
 _clock: Final = func.clock_timestamp()
 # For searches: an index can be asked for what is stable within a statement, not for what changes from row to row.
 _now: Final = func.statement_timestamp()
-
-
 _SECOND: Final[ColumnElement[Any]] = literal_column("interval '1 second'")
 
 
@@ -303,15 +301,7 @@ class Ledger:
         In a transaction of its own: inside the batch's, two workers would each see the other's rows pending.
         """
         with self._database.transaction() as connection:
-            done = _end(
-                connection,
-                run_id,
-                RunState.SUCCEEDED,
-                None,
-                None,
-                runs.c.materialized_at.is_not(None),
-                ~_pending(run_id),
-            )
+            done = _complete(connection, run_id)
         _announce(done)
         return done is not None
 
@@ -908,8 +898,13 @@ def _complete_if_done(connection: Connection, run: Row[Any]) -> bool:
     """End a silent crawl run that has nothing pending: its last worker died between batch and completion."""
     if run.kind != RunKind.CRAWL or run.state != RunState.RUNNING or run.published + run.skipped < run.total:
         return False
+    return _complete(connection, run.id) is not None
+
+
+def _complete(connection: Connection, run_id: UUID) -> Row[Any] | None:
+    """End a crawl run as succeeded if it has a plan and nothing of it is pending; return its row if this did it."""
     planned = runs.c.materialized_at.is_not(None)
-    return _end(connection, run.id, RunState.SUCCEEDED, None, None, planned, ~_pending(run.id)) is not None
+    return _end(connection, run_id, RunState.SUCCEEDED, None, None, planned, ~_pending(run_id))
 
 
 def _lose_expired(connection: Connection, run: Row[Any]) -> bool:

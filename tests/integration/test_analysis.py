@@ -1,9 +1,6 @@
 """The site-analysis engine against a real ledger and a real HTTP server."""
 
-from collections.abc import Iterator
 from uuid import UUID
-
-import pytest
 
 from orchestrator.analysis import Caps, SiteAnalyser
 from orchestrator.discovery import Answer, DiscoveryClient, RetryPolicy
@@ -11,24 +8,9 @@ from orchestrator.domain import AnalysisArguments, Attempt, WakeUp
 from orchestrator.errors import DatabaseUnavailableError
 from orchestrator.ledger import Ledger
 from tests.support.discovery_server import DiscoveryServer, answer
-from tests.support.ledgers import LEASE, NODE, Workbench, template
-from tests.support.postgres import PostgresServer
+from tests.support.ledgers import LEASE, NODE, Workbench
 
 ONE = Caps(everywhere=1, here=1)
-
-
-@pytest.fixture(scope="module")
-def empty(postgres_server: PostgresServer) -> Iterator[str]:
-    """A migrated database, to be copied."""
-    with template(postgres_server) as name:
-        yield name
-
-
-@pytest.fixture
-def bench(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
-    """A ledger of the test's own."""
-    with Workbench.copy_of(postgres_server, empty) as workbench:
-        yield workbench
 
 
 def deliver(ledger: Ledger, url: str, run_id: UUID) -> WakeUp | None:

@@ -1,6 +1,6 @@
 """Reading the application's tables: plans against an oracle, mapped names, and sentences about what does not fit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, LiteralString
 
@@ -17,24 +17,12 @@ from orchestrator.db import Database
 from orchestrator.domain import MAX_BIGINT, CrawlArguments
 from orchestrator.errors import CatalogMismatchError, CrawlTaskNotFoundError, InvalidDataSourceIdsError
 from orchestrator.settings import CatalogSettings, CrawlConfigsMapping, CrawlTasksMapping
-from tests.support.ledgers import Workbench, template
+from tests.support.ledgers import Workbench
 from tests.support.postgres import PostgresServer
 
 pytestmark = pytest.mark.timeout(120)
 
 Planned = list[tuple[int, int | None]]
-
-
-@pytest.fixture(scope="module")
-def empty(postgres_server: PostgresServer) -> Iterator[str]:
-    with template(postgres_server) as name:
-        yield name
-
-
-@pytest.fixture
-def bench(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
-    with Workbench.copy_of(postgres_server, empty) as workbench:
-        yield workbench
 
 
 def plan(bench: Workbench, task_id: int = 1, catalog: Catalog | None = None) -> Planned:

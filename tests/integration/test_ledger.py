@@ -1,7 +1,7 @@
 """The ledger's promises, one by one: legal transitions, counts that add up, shared batches, wake-ups, attempts."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -45,8 +45,7 @@ from orchestrator.errors import (
 )
 from orchestrator.ledger import LONGEST_SILENCE, MAX_STALLS, SILENCE
 from orchestrator.queues import Publisher, Receipt
-from tests.support.ledgers import LEASE, NODE, Workbench, sources_of, template
-from tests.support.postgres import PostgresServer
+from tests.support.ledgers import LEASE, NODE, Workbench, sources_of
 from tests.support.processes import eventually
 
 pytestmark = pytest.mark.timeout(120)
@@ -56,18 +55,6 @@ FATAL: Final = CrawlTaskNotFoundError("there is no crawl task 1")
 GOOD: Final = Answer(AttemptOutcome.SUCCEEDED, 202, AnswerCode.OK, "accepted", None, 0.1)
 BUSY: Final = Answer(AttemptOutcome.RETRYABLE, 503, AnswerCode.UNAVAILABLE, "the service answered 503", 90.0, 0.2)
 NO: Final = Answer(AttemptOutcome.REFUSED, 404, AnswerCode.REFUSED, "the service answered 404", None, 0.2)
-
-
-@pytest.fixture(scope="module")
-def empty(postgres_server: PostgresServer) -> Iterator[str]:
-    with template(postgres_server) as name:
-        yield name
-
-
-@pytest.fixture
-def bench(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
-    with Workbench.copy_of(postgres_server, empty) as workbench:
-        yield workbench
 
 
 class Fake:
