@@ -7,11 +7,13 @@ Compares on a PostgreSQL of its own that holds the ledger and nothing else, and 
 """
 
 import sys
+from pathlib import Path
 
 from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy.schema import CreateSchema
 
+from orchestrator import migrations
 from orchestrator.db import Database
 from orchestrator.migrations import _config, upgrade
 from orchestrator.schema import SCHEMA
@@ -31,6 +33,8 @@ def write(name: str) -> None:
             connection.execute(CreateSchema(SCHEMA, if_not_exists=True))  # there is none before the first revision
             command.revision(_config(connection, SCHEMA), name, autogenerate=True, rev_id=f"{number:04}")
         database.close()
+    (path,) = Path(migrations.__file__).parent.glob(f"versions/{number:04}_*.py")
+    path.write_text(path.read_text().replace(f"schema='{SCHEMA}'", "schema=schema"))
 
 
 def main() -> None:

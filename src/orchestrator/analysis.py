@@ -13,7 +13,7 @@ from typing import Final
 from orchestrator.discovery import Answer, DiscoveryClient, RetryPolicy
 from orchestrator.domain import Attempt, AttemptOutcome, NoAttempt, WakeUp
 from orchestrator.errors import TransientError
-from orchestrator.ledger import LEASE_MARGIN, Ledger
+from orchestrator.ledger.analyses import LEASE_MARGIN, AnalysisLedger
 from orchestrator.telemetry import Event, bound, logger
 
 _PAUSE: Final = 0.5  # seconds
@@ -44,7 +44,7 @@ class SiteAnalyser:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: AnalysisLedger,
         client: DiscoveryClient,
         policy: RetryPolicy,
         *,

@@ -1,13 +1,14 @@
 """The scheduler that ``celery beat`` runs: no heap, no state file, any number of replicas.
 
-Every tick is a round of the pulse. Celery's own schedule entries are not used: what is due stands in the
-ledger.
+Every tick is a round of the firing engine and, about once a second, of the pulse. Celery's own schedule entries are
+not used: what is due stands in the ledger.
 """
 
 import os
 import socket
 import sys
-from typing import Any, Final
+from time import monotonic
+from typing import Any
 from uuid import uuid4
 
 from celery import signals
@@ -16,11 +17,10 @@ from celery.beat import Scheduler as CeleryScheduler
 from orchestrator import bootstrap
 from orchestrator.domain import Node
 from orchestrator.errors import ConfigurationError
+from orchestrator.firing import LONGEST_SLEEP, FiringEngine
 from orchestrator.pulse import Pulse
 from orchestrator.settings import current
 from orchestrator.telemetry import configure_logging
-
-_LONGEST_SLEEP: Final = 1.0  # seconds, so that SIGTERM is heard in time
 
 
 @signals.beat_init.connect
@@ -29,10 +29,11 @@ def _prepare(**_: object) -> None:
 
 
 class Scheduler(CeleryScheduler):
-    """Celery's scheduler interface over the pulse. Celery makes a second, lazy instance: no side effects here."""
+    """Celery's scheduler interface over ours. Celery makes a second, lazy instance: no side effects here."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._pulse: Pulse | None = None
+        self._rounds: tuple[FiringEngine, Pulse] | None = None
+        self._pulse_at = 0.0
         super().__init__(*args, **kwargs)
 
     def setup_schedule(self) -> None:
@@ -40,25 +41,36 @@ class Scheduler(CeleryScheduler):
 
     def tick(self, *_: object, **__: object) -> float:
         """Do a round; return how many seconds to sleep."""
-        if self._pulse is None:
-            try:
-                bootstrap.await_migrated()
-            except ConfigurationError as error:
-                sys.stderr.write(f"orchestrator: {error}\n")
-                raise SystemExit(2) from None
-            name = f"beat@{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
-            self._pulse = bootstrap.services().pulse(Node(name, "beat"))
-        return min(self._pulse.once(), _LONGEST_SLEEP)
+        if self._rounds is None:
+            self._rounds = self._begin()
+        firing, pulse = self._rounds
+        wait = firing.once()
+        # After the firing, so that the heartbeat tells how that went.
+        if monotonic() >= self._pulse_at:
+            self._pulse_at = monotonic() + pulse.once()
+        return max(0.0, min(wait, self._pulse_at - monotonic(), LONGEST_SLEEP))
+
+    @staticmethod
+    def _begin() -> tuple[FiringEngine, Pulse]:
+        try:
+            bootstrap.await_migrated()
+        except ConfigurationError as error:
+            sys.stderr.write(f"orchestrator: {error}\n")
+            raise SystemExit(2) from None
+        # Unique: the beats of one host would otherwise share Celery's name for them.
+        name = f"beat@{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        return bootstrap.services().beat(Node(name, "beat"))
 
     def sync(self) -> None:
         """There is nothing to write: the ledger has it."""
 
     def close(self) -> None:
         """Sign off."""
-        if self._pulse is not None:
-            self._pulse.sign_off()
+        if self._rounds is not None:
+            _, pulse = self._rounds
+            self._rounds = None
+            pulse.sign_off()
             bootstrap.home.close()
-            self._pulse = None
 
     @property
     def info(self) -> str:

@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import Final
 
@@ -17,17 +18,19 @@ from orchestrator.celery_app import Sender, conninfo
 from orchestrator.db import Database
 from orchestrator.discovery import DiscoveryClient, RetryPolicy
 from orchestrator.dispatch import FanOut
-from orchestrator.domain import Node
+from orchestrator.domain import MisfirePolicy, Node, OverlapPolicy
 from orchestrator.embedded import EmbeddedPostgres, ServerConfig
 from orchestrator.errors import TransientError
+from orchestrator.firing import FiringEngine
 from orchestrator.insights import Insights
 from orchestrator.ledger import Ledger
 from orchestrator.pulse import Pulse
 from orchestrator.queues import PerThread, Publisher
 from orchestrator.queues.postgres import PostgresPublisher
 from orchestrator.queues.rabbitmq import RabbitMQPublisher
-from orchestrator.settings import Settings, current
+from orchestrator.settings import SchedulerSettings, Settings, current
 from orchestrator.telemetry import Event, logger
+from orchestrator.timetable import Timetable
 
 _log = logger(__name__)
 
@@ -41,6 +44,7 @@ class Services:
     catalog: Catalog
     ledger: Ledger
     insights: Insights
+    timetable: Timetable
     publisher: Publisher
     sender: Sender
     fan_out: FanOut
@@ -49,6 +53,12 @@ class Services:
     def pulse(self, node: Node) -> Pulse:
         """Make the pulse of a node."""
         return Pulse(self.ledger, self.sender.wake, node)
+
+    def beat(self, node: Node) -> tuple[FiringEngine, Pulse]:
+        """Make what a beat does each tick; its heartbeats say what keeps schedules from firing."""
+        limit = self.settings.scheduler.max_queued
+        firing = FiringEngine(self.ledger, self.timetable, self.sender.wake, node.name, max_queued=limit)
+        return firing, Pulse(self.ledger, self.sender.wake, node, problem=lambda: firing.problem, heartbeat=0.0)
 
     def caps(self, node: Node | None) -> Caps:
         """Return how many Discovery calls may be under way.
@@ -72,8 +82,8 @@ def services() -> Services:
     """
     settings = current()
     database = Database(conninfo(settings), settings.schema_name)
-    catalog = Catalog(settings.catalog)
-    ledger = Ledger(database)
+    catalog = Catalog(settings.catalog, settings.timezone)
+    ledger = Ledger(database, catalog)
     publisher = _publisher(settings, database)
     return Services(
         settings=settings,
@@ -81,6 +91,7 @@ def services() -> Services:
         catalog=catalog,
         ledger=ledger,
         insights=Insights(database),
+        timetable=_timetable(settings.scheduler),
         publisher=publisher,
         sender=Sender(),
         fan_out=FanOut(
@@ -92,13 +103,22 @@ def services() -> Services:
             stopping=stopping,
         ),
         analyser=SiteAnalyser(
-            ledger,
+            ledger.analyses,
             DiscoveryClient(settings.discovery_url, settings.discovery_timeout),
             RetryPolicy(settings.discovery_max_retries, settings.discovery_retry_delay, settings.discovery_max_delay),
             timeout=settings.discovery_timeout,
             slice_seconds=settings.dispatch.slice_seconds,
             stopping=stopping,
         ),
+    )
+
+
+def _timetable(settings: SchedulerSettings) -> Timetable:
+    return Timetable(
+        MisfirePolicy(settings.misfire_policy),
+        OverlapPolicy(settings.overlap_policy),
+        timedelta(seconds=settings.catch_up_window),
+        settings.spread,
     )
 
 

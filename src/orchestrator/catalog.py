@@ -1,7 +1,8 @@
 """The main application's ``crawl_tasks`` and ``crawl_configs``: SELECT only, names as the settings map them.
 
 Gives statements, not rows: the ledger inserts a plan straight from :meth:`Catalog.plan`, so a run costs the
-same number of queries for one data source as for a million. Knows nothing of runs.
+same number of queries for one data source as for a million, and compares schedules where they stand. Knows nothing
+of runs, nor of what a schedule's text means.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ from sqlalchemy import (
     ARRAY,
     CTE,
     BigInteger,
+    Boolean,
     ColumnElement,
     Connection,
     Numeric,
     ScalarSelect,
     Select,
+    Subquery,
     TableClause,
     Text,
     case,
@@ -30,11 +33,12 @@ from sqlalchemy import (
     select,
     table,
     true,
+    type_coerce,
 )
-from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by, distinct_on
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, aggregate_order_by, distinct_on
 from sqlalchemy.exc import DBAPIError
 
-from orchestrator.domain import MAX_BIGINT
+from orchestrator.domain import MAX_BIGINT, MAX_SCHEDULE_LENGTH
 from orchestrator.errors import CatalogMismatchError, CrawlTaskNotFoundError, InvalidDataSourceIdsError
 from orchestrator.settings import CatalogSettings
 
@@ -43,6 +47,8 @@ _EXAMPLES: Final = 3
 # P0, 2F, 38, 39 their views' functions raise.
 _THEIR_FAULT: Final = frozenset({"42", "22", "P0", "2F", "38", "39"})
 _SHOWN: Final = 50  # characters of an example
+_LONGEST_NAME: Final = 100  # characters of a time zone or policy
+_attributes: Final = table("pg_attribute", *map(column, ("attrelid", "attname", "attnum", "attisdropped")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +69,77 @@ class Plan:
     examples: ScalarSelect[list[str] | None]
 
 
-class Catalog:
-    """Reads the application's tables by the names that the settings give them."""
+@dataclass(frozen=True, slots=True)
+class ScheduleSource:
+    """The crawl tasks' schedules as one select, for a ledger to compare with its own.
 
-    def __init__(self, settings: CatalogSettings) -> None:
+    Attributes:
+        rows: columns as the fields of ``domain.ScheduleRow``, and ``updated_at``, null where there is no such column.
+        has_updated_at: whether edits can be told by it.
+    """
+
+    rows: Subquery
+    has_updated_at: bool
+
+
+class Catalog:
+    """Reads the application's tables by the names that the settings give them.
+
+    Args:
+        settings: the names.
+        zone: the time zone of schedules that name none.
+    """
+
+    def __init__(self, settings: CatalogSettings, zone: str = "UTC") -> None:
         self._tasks = settings.crawl_tasks
         self._configs = settings.crawl_configs
+        self._zone = zone
+
+    def schedules(self, connection: Connection) -> ScheduleSource:
+        """Look which optional columns there are today, and build the select of every crawl task's schedule.
+
+        Raises:
+            CatalogMismatchError: there is no such table.
+        """
+        names = self._tasks
+        where = "" if names.schema_name is None else f"{_quoted(names.schema_name)}."
+        present = set(
+            connection.scalars(
+                select(_attributes.c.attname).where(
+                    _attributes.c.attrelid == func.to_regclass(where + _quoted(names.table)),
+                    _attributes.c.attnum > 0,
+                    ~_attributes.c.attisdropped,
+                )
+            )
+        )
+        if not present:
+            raise CatalogMismatchError(f"there is no table {where}{names.table}; `orchestrator doctor` says how to map")
+        optional = [names.timezone, names.misfire_policy, names.overlap_policy, names.updated_at]
+        found = [each for each in optional if each in present]
+        tasks = _table(names.schema_name, names.table, names.id, names.schedule, names.is_active, *found)
+
+        def text(name: str, limit: int) -> ColumnElement[str | None]:
+            # Bounded, for anything may stand in a text column; one more than is accepted, to tell a cut from a fit.
+            if name not in tasks.c:
+                return cast(None, Text)
+            return func.nullif(func.btrim(func.left(cast(tasks.c[name], Text), limit + 1)), "")
+
+        updated_at = tasks.c[names.updated_at] if names.updated_at in found else cast(None, TIMESTAMP(timezone=True))
+        number = tasks.c[names.id]
+        rows = (
+            select(
+                type_coerce(number, BigInteger).label("task_id"),
+                text(names.schedule, MAX_SCHEDULE_LENGTH).label("text"),
+                func.coalesce(text(names.timezone, _LONGEST_NAME), self._zone).label("zone"),
+                func.coalesce(cast(tasks.c[names.is_active], Boolean), False).label("active"),
+                text(names.misfire_policy, _LONGEST_NAME).label("misfire_policy"),
+                text(names.overlap_policy, _LONGEST_NAME).label("overlap_policy"),
+                updated_at.label("updated_at"),
+            )
+            .where(number > 0)
+            .subquery(_part("schedules"))
+        )
+        return ScheduleSource(rows, names.updated_at in found)
 
     def plan(self, task_id: int) -> Plan:
         """Build the plan of a crawl task: each of its data sources with its latest active config, if any."""
@@ -217,6 +288,10 @@ def mismatch_explained() -> Iterator[None]:
                 f"the application's tables do not fit the settings: {complaint}; `orchestrator doctor` says how to map"
             ) from error
         raise
+
+
+def _quoted(name: str) -> str:
+    return '"{}"'.format(name.replace('"', '""'))
 
 
 def _part(name: str) -> str:

@@ -5,13 +5,14 @@ module reads no settings and opens nothing: configuration happens on first use, 
 Deliberately unknown here: the ledger, and what the tasks do.
 """
 
+import json
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import astuple
-from functools import partial
+from functools import cached_property, partial
 from time import monotonic
 from typing import Any, Final
 
@@ -19,10 +20,13 @@ import amqp.exceptions
 import kombu.exceptions
 import psycopg
 from celery import Celery
-from kombu import Connection, Exchange, Queue
+from kombu import Connection, Exchange, Queue, serialization
+from kombu.transport import pyamqp
+from pamqp import commands
+from pydantic import SecretStr
 
 from orchestrator import embedded
-from orchestrator.domain import CrawlArguments, WakeUp
+from orchestrator.domain import AnalysisArguments, Arguments, CrawlArguments, WakeUp, traceparent_of
 from orchestrator.errors import (
     BrokerUnreachableError,
     ConfigurationError,
@@ -31,6 +35,7 @@ from orchestrator.errors import (
     PublishError,
     QueueMissingError,
 )
+from orchestrator.rabbitmq import FrameTemplate, Line, Patience
 from orchestrator.settings import Settings, current
 from orchestrator.telemetry import Event, logger
 
@@ -46,6 +51,14 @@ WAKE_NUMBER: Final = "orchestrator_wake_number"
 CONFIRM_TIMEOUT: Final = 5.0  # seconds
 IO_TIMEOUT: Final = 10.0  # seconds
 _IDLE_LIMIT: Final = 20.0  # seconds; heartbeats are off on sending connections, nobody services them
+
+_ROUTES: Final[dict[type[Arguments], tuple[str, str]]] = {
+    AnalysisArguments: (ANALYSIS_TASK, ANALYSIS_QUEUE),
+    CrawlArguments: (CRAWL_TASK, CRAWL_QUEUE),
+}
+_ANY_ID: Final = "?" * 36
+_ANY_TRACEPARENT: Final = "!" * 55
+_ANY_NUMBER: Final = b"########"
 
 _log = logger(__name__)
 _exchange: Final = Exchange("orchestrator", type="topic", durable=True)
@@ -76,7 +89,7 @@ def _common() -> dict[str, Any]:
         "task_default_exchange": _exchange.name,
         "task_default_exchange_type": "topic",
         "task_default_routing_key": CRAWL_QUEUE,
-        "task_routes": {ANALYSIS_TASK: {"queue": ANALYSIS_QUEUE}, CRAWL_TASK: {"queue": CRAWL_QUEUE}},
+        "task_routes": {task: {"queue": queue} for task, queue in _ROUTES.values()},
         "task_serializer": "json",
         "accept_content": ["json"],
         "task_ignore_result": True,
@@ -162,7 +175,7 @@ app: Final = Celery("orchestrator", include=["orchestrator.tasks", "orchestrator
 app.add_defaults(_configuration)
 
 
-def declare_topology(connection: Connection) -> None:
+def declare_topology(connection: Connection | pyamqp.Connection) -> None:
     """Declare exchange and queues, whoever comes first; explain what exists otherwise than plain clients declare it.
 
     It is used as it is: consuming works all the same.
@@ -182,9 +195,10 @@ def _bind_queue(queue: Queue, channel: Any) -> None:
     queue.bind(channel).queue_bind()
 
 
-def _declare(connection: Connection, what: str, declare: Callable[[Any], object]) -> None:
+def _declare(connection: Connection | pyamqp.Connection, what: str, declare: Callable[[Any], object]) -> None:
     try:
-        with connection.channel() as channel:
+        channel: Any = connection.channel()  # each library's stubs lack something
+        with closing(channel):
             declare(channel)
     except amqp.exceptions.AccessRefused as error:
         sentence = f"we may not declare the {what}, so it must exist: grant our broker user the right to configure it"
@@ -208,15 +222,19 @@ class Sender:
         self._used_at = 0.0
 
     def wake(self, wake_ups: Sequence[WakeUp]) -> None:
-        """Enqueue a Celery message for each run.
+        """Enqueue a Celery message for each run; on RabbitMQ any number of them, pipelined.
 
         Raises:
-            PublishError: at least one was not confirmed. Those before it were; a repeat is harmless.
+            PublishError: at least one was not confirmed. Others may have been; a repeat is harmless.
         """
-        with self._lock, self._errors_explained():
-            producer = self._celery.amqp.Producer(self._connected(), auto_declare=False)
-            for wake_up in wake_ups:
-                self._send(producer, wake_up)
+        with self._lock:
+            if self._line is not None:
+                self._wake_pipelined(self._line, wake_ups)
+                return
+            with self._errors_explained():
+                producer = self._celery.amqp.Producer(self._connected(), auto_declare=False)
+                for wake_up in wake_ups:
+                    self._send(producer, wake_up)
 
     def bury(self, body: bytes | str | None, headers: dict[str, Any], content_type: str, content_encoding: str) -> None:
         """Put a message that no task can take on the dead-letter queue, as it came.
@@ -245,23 +263,48 @@ class Sender:
             PublishError: the broker cannot be reached.
         """
         with self._lock, self._errors_explained():
-            self._connected()
+            if self._line is not None:
+                self._line.open()
+            else:
+                self._connected()
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Let go of the connections."""
         with self._lock:
             self._drop()
+            if self._line is not None:
+                self._line.close()
+
+    @cached_property
+    def _line(self) -> Line | None:
+        """RabbitMQ's own protocol, where that is the broker: kombu awaits each confirm before the next message."""
+        url = str(self._celery.conf.broker_write_url)
+        if not url.startswith("amqp"):
+            return None
+        return Line(SecretStr(url), declare_topology, Patience(confirm=CONFIRM_TIMEOUT))
+
+    def _wake_pipelined(self, line: Line, wake_ups: Sequence[WakeUp]) -> None:
+        errors: list[PublishError] = []
+        for kind, (task, queue) in _ROUTES.items():
+            if chosen := [wake_up for wake_up in wake_ups if isinstance(wake_up.arguments, kind)]:
+                envelope = _Envelope(self._celery, task, queue)
+                fate = line.send(envelope.template, envelope.messages(chosen))
+                if fate.error is not None:
+                    errors.append(fate.error)
+        # Not sooner: a full queue must not hold up the other.
+        if errors:
+            raise errors[0]
 
     def _send(self, producer: Any, wake_up: WakeUp) -> None:
-        crawl = isinstance(wake_up.arguments, CrawlArguments)
+        task, queue = _ROUTES[type(wake_up.arguments)]
         self._celery.send_task(
-            CRAWL_TASK if crawl else ANALYSIS_TASK,
+            task,
             args=astuple(wake_up.arguments),
             task_id=str(wake_up.run_id),
             producer=producer,
             # The default exchange: pgmq 1.1.4's send_topic lacks the form with headers and without a delay.
             exchange="",
-            routing_key=CRAWL_QUEUE if crawl else ANALYSIS_QUEUE,
+            routing_key=queue,
             headers={"traceparent": wake_up.traceparent, WAKE_NUMBER: wake_up.number},
             mandatory=True,
             confirm_timeout=CONFIRM_TIMEOUT,
@@ -289,6 +332,35 @@ class Sender:
 
     def _errors_explained(self) -> "_ErrorsExplained":
         return _ErrorsExplained(self._drop)
+
+
+class _Envelope:
+    """What Celery sends to call a task, as a template: a worker cannot tell such a message from ``send_task``'s."""
+
+    def __init__(self, celery: Celery, task: str, queue: str) -> None:
+        message = celery.amqp.as_task_v2(
+            _ANY_ID, task, (_ANY_ID,), argsrepr="(...)", ignore_result=True, reply_to=celery.thread_oid
+        )
+        content_type, content_encoding, body = serialization.dumps(message.body, celery.conf.task_serializer)
+        self._before, self._after = body.encode().split(json.dumps([_ANY_ID]).encode())
+        properties = commands.Basic.Properties(
+            content_type=content_type,
+            content_encoding=content_encoding,
+            headers=message.headers
+            | {"traceparent": _ANY_TRACEPARENT, WAKE_NUMBER: int.from_bytes(_ANY_NUMBER, byteorder="big")},
+            delivery_mode=2,
+            priority=0,
+            **message.properties,
+        )
+        self.template = FrameTemplate(queue, properties, _ANY_ID.encode(), _ANY_TRACEPARENT.encode(), _ANY_NUMBER)
+
+    def messages(self, wake_ups: Iterable[WakeUp]) -> Iterator[tuple[bytes, ...]]:
+        """Yield run id, traceparent, number and body of each."""
+        for wake_up in wake_ups:
+            # Of another length than any valid one it would garble all frames after it.
+            traceparent = traceparent_of(wake_up.run_id, wake_up.traceparent)
+            body = self._before + json.dumps(astuple(wake_up.arguments)).encode() + self._after
+            yield str(wake_up.run_id).encode(), traceparent.encode(), wake_up.number.to_bytes(8, byteorder="big"), body
 
 
 class _ErrorsExplained:

@@ -393,7 +393,7 @@ def _render_runs(views: Sequence[RunView], enqueued: bool) -> None:  # noqa: FBT
 def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render | None) -> None:
     """Commit runs, wake workers, and, if wanted, watch to the end."""
     for each in new:
-        if not ours.ledger.accept(each, delivered=False):
+        if not ours.ledger.runs.accept(each, delivered=False):
             _require_equal(each, ours.insights.run(each.run_id))
     wake_ups = [WakeUp(each.run_id, each.arguments, each.traceparent) for each in new]
     enqueued = _enqueue(ours, wake_ups)
@@ -428,7 +428,7 @@ def _enqueue(ours: Services, wake_ups: Sequence[WakeUp]) -> bool:
         return False
     # The broker has them: what is not noted here is woken a second time, which does no harm.
     with suppress(TransientError):
-        ours.ledger.mark_enqueued([wake_up.run_id for wake_up in wake_ups])
+        ours.ledger.runs.mark_enqueued([wake_up.run_id for wake_up in wake_ups])
     return True
 
 
@@ -678,7 +678,7 @@ def retry(run_id: RunId, *, reason: Reason = None, as_json: AsJson = False) -> N
                 typer.echo(f"run {view.id} is {view.state}, which is final: the same again is a new run")
             _start(ours, [new], wait=False, render=_render_run if as_json else None)
             return
-        wake_up = ours.ledger.revive(view.id, actor=_actor(), reason=reason)
+        wake_up = ours.ledger.runs.revive(view.id, actor=_actor(), reason=reason)
         enqueued = _enqueue(ours, [wake_up])
         if as_json:
             _render_run([ours.insights.run(view.id)], enqueued)
@@ -692,7 +692,7 @@ def cancel(run_id: RunId, *, reason: Reason = None, as_json: AsJson = False) -> 
     """Cancel a run: what is not published yet is skipped."""
     with _session() as ours:
         resolved = _resolve(ours, run_id)
-        ours.ledger.cancel(resolved, actor=_actor(), reason=reason)
+        ours.ledger.runs.cancel(resolved, actor=_actor(), reason=reason)
         view = ours.insights.run(resolved)
     if as_json:
         _document({"run": _run_document(view)})

@@ -13,7 +13,8 @@ from uuid import UUID
 from orchestrator.catalog import Catalog
 from orchestrator.domain import TERMINAL, CrawlRun, ExtractionBatch, RunState, WakeUp
 from orchestrator.errors import PublishError, RefusedError
-from orchestrator.ledger import SHOWN_SKIPS, Ledger
+from orchestrator.ledger import Ledger
+from orchestrator.ledger.crawls import SHOWN_SKIPS
 from orchestrator.queues import Publisher
 from orchestrator.telemetry import Event, logger
 
@@ -64,7 +65,7 @@ class FanOut:
             DatabaseUnavailableError: the ledger is out of reach; deliver again later.
         """
         deadline = self._clock() + self._slice_seconds
-        run = self._ledger.begin_crawl(run_id, wake_number)
+        run = self._ledger.crawls.begin(run_id, wake_number)
         if run is None:
             return None
         try:
@@ -72,20 +73,20 @@ class FanOut:
                 self._materialize(run)
             unfinished = self._publish_until(deadline, run)
         except PublishError as error:
-            self._ledger.postpone_crawl(run_id, error)
+            self._ledger.crawls.postpone(run_id, error)
             return None
         except RefusedError as error:
-            self._ledger.fail(run_id, error)
+            self._ledger.runs.fail(run_id, error)
             return None
         if unfinished:
             _log.info(Event.RUN_SLICE_ENDED)
-            return self._ledger.hand_over(run_id)
-        self._ledger.complete_crawl(run_id)
+            return self._ledger.crawls.hand_over(run_id)
+        self._ledger.crawls.complete(run_id)
         return None
 
     def _materialize(self, run: CrawlRun) -> None:
         started = self._clock()
-        counts = self._ledger.materialize(run.run_id, run.task_id, self._catalog.plan(run.task_id))
+        counts = self._ledger.crawls.materialize(run.run_id, run.task_id, self._catalog.plan(run.task_id))
         if counts is None:
             return
         total, skipped = counts
@@ -94,7 +95,7 @@ class FanOut:
             self._warn_of_skips(run, skipped)
 
     def _warn_of_skips(self, run: CrawlRun, skipped: int) -> None:
-        shown = self._ledger.skipped_sources(run.run_id, SHOWN_SKIPS)
+        shown = self._ledger.crawls.skipped_sources(run.run_id, SHOWN_SKIPS)
         for data_source_id in shown:
             _log.warning(
                 Event.DISPATCH_SKIPPED, task_id=run.task_id, data_source_id=data_source_id, reason="no_active_config"
@@ -126,7 +127,7 @@ class FanOut:
         """
         # Before rows are locked: a broker that is slow to take a connection must not cost us the session.
         self._publisher.prepare()
-        with self._ledger.pending_batch(run.run_id, limit=self._batch_size, after=after) as pending:
+        with self._ledger.crawls.pending_batch(run.run_id, limit=self._batch_size, after=after) as pending:
             if not pending.sources:
                 return None
             batch = ExtractionBatch(run.run_id, run.task_id, run.traceparent, pending.sources)

@@ -6,7 +6,7 @@ Pure: no clock, no input or output, no settings.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from hashlib import sha1
 from typing import Final, Literal
@@ -18,9 +18,12 @@ EXTRACTION_TYPE: Final = "extraction.requested"
 APP_ID: Final = "orchestrator"
 MAX_BIGINT: Final = 2**63 - 1
 MAX_THEME_LENGTH: Final = 255
+MAX_SCHEDULE_LENGTH: Final = 200
 
 # Namespace of run ids made from Celery ids that are no UUIDs; fixed forever, for it is part of identity.
 _CELERY_ID_NAMESPACE: Final = UUID("6f1d7ad4-3a0b-5c52-9d3c-6a7b0f0c8e11")
+# The same of runs that a schedule starts.
+_SLOT_NAMESPACE: Final = UUID("b3f0c7a2-58d1-5e0c-8a41-2f9d6b7e4c35")
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -71,6 +74,78 @@ class Trigger(StrEnum):
 
     CELERY = "celery"
     CLI = "cli"
+    SCHEDULE = "schedule"
+    BACKFILL = "backfill"
+
+
+class ScheduleState(StrEnum):
+    """Why a schedule fires, or why it does not: the first of these that is true."""
+
+    INVALID = "invalid"
+    """It cannot be read; its problem says why."""
+    INACTIVE = "inactive"
+    """The application's ``is_active`` is false."""
+    PAUSED = "paused"
+    """An operator paused it: its slots are skipped."""
+    MANUAL = "manual"
+    """It has no text: the crawl task runs by hand only."""
+    ACTIVE = "active"
+
+
+class MisfirePolicy(StrEnum):
+    """Which of the slots that were missed, being claimed over 60 s late, fire after all."""
+
+    FIRE_ONCE = "fire_once"
+    """The latest."""
+    SKIP = "skip"
+    """None."""
+    ALL = "all"
+    """All within the catch-up window."""
+
+
+class OverlapPolicy(StrEnum):
+    """What becomes of a slot while a run of the task is unfinished."""
+
+    SKIP = "skip"
+    ALLOW = "allow"
+
+
+class FiringOutcome(StrEnum):
+    """What became of a slot."""
+
+    STARTED = "started"
+    """A run exists."""
+    MISSED = "missed"
+    """It could not be claimed in time."""
+    SKIPPED = "skipped"
+    """It could, and something was against it."""
+
+
+class FiringReason(StrEnum):
+    """Why a slot did not start, or did later than it should."""
+
+    CAUGHT_UP = "caught_up"
+    """Started: claimed over 60 s late, and its policy says that it fires all the same."""
+    BACKFILL = "backfill"
+    """Started: an operator asked for it afterwards."""
+    SUPERSEDED = "superseded"
+    """Missed: a later slot was missed too, and that one fires for all of them."""
+    TOO_LATE = "too_late"
+    """Missed: the policy is to fire no slot that was missed."""
+    OUTSIDE_WINDOW = "outside_catch_up_window"
+    """Missed: for longer than slots are caught up."""
+    OVERLAP = "overlap"
+    """Skipped: a run of the task was unfinished."""
+    PAUSED = "paused"
+    """Skipped: an operator had paused the schedule."""
+    EDITED = "edited"
+    """Skipped: before it was claimed, the schedule was changed to another one."""
+    DISABLED = "disabled"
+    """Skipped: before it was claimed, ``is_active`` was set to false."""
+    INVALID = "invalid"
+    """Skipped: before it was claimed, the schedule was changed to one that cannot be read."""
+    DELETED = "deleted"
+    """Skipped: before it was claimed, the crawl task was deleted."""
 
 
 TERMINAL: Final = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELED})
@@ -192,6 +267,14 @@ def run_id_of(celery_id: str) -> tuple[UUID, str | None]:
         return uuid5(_CELERY_ID_NAMESPACE, printable), printable
 
 
+def slot_run_id(task_id: int, slot: datetime) -> UUID:
+    """Return the id of the run that a slot starts: uuid5 of the crawl task and the slot in UTC.
+
+    No generation of the schedule is part of it, so that no edit and no restart can make a second run of a slot.
+    """
+    return uuid5(_SLOT_NAMESPACE, f"{task_id}@{slot.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
+
+
 def traceparent_of(run_id: UUID, inherited: object = None) -> str:
     """Return the caller's W3C traceparent where it is valid, else one whose trace id is the run id's hex."""
     if isinstance(inherited, str) and _TRACEPARENT.fullmatch(inherited):
@@ -290,3 +373,85 @@ class Node:
     kind: Literal["worker", "beat"]
     queues: tuple[str, ...] = ()
     concurrency: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleRow:
+    """What the application's row of a crawl task says of its schedule.
+
+    Attributes:
+        task_id: the crawl task.
+        text: the schedule as people wrote it, at most one character more than is accepted; none: it has none.
+        zone: the name of its time zone, or of the default one.
+        active: the application's ``is_active``.
+        misfire_policy: as written; none: the default.
+        overlap_policy: as written; none: the default.
+    """
+
+    task_id: int
+    text: str | None
+    zone: str
+    active: bool
+    misfire_policy: str | None
+    overlap_policy: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What we make of a :class:`ScheduleRow`.
+
+    Attributes:
+        row: what was read.
+        canonical: what its text means; none: it has none, or cannot be read.
+        problem: why it cannot be read.
+        next_fire_at: its first slot after the moment of reading.
+    """
+
+    row: ScheduleRow
+    canonical: str | None = None
+    problem: str | None = None
+    next_fire_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DueSchedule:
+    """A schedule whose next slot has come, locked until the transaction ends.
+
+    Attributes:
+        task_id: the crawl task.
+        canonical: what its text means.
+        zone: the name of its time zone.
+        misfire_policy: as written; none: the default.
+        overlap_policy: as written; none: the default.
+        next_fire_at: the first slot that nobody has claimed.
+        paused: an operator paused it.
+        resumed_at: when a pause ended last; slots before that do not fire.
+    """
+
+    task_id: int
+    canonical: str
+    zone: str
+    misfire_policy: str | None
+    overlap_policy: str | None
+    next_fire_at: datetime
+    paused: bool
+    resumed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """What is to become of a slot, or of a range of slots.
+
+    Attributes:
+        task_id: the crawl task.
+        scheduled_for: the slot, or where the range begins.
+        outcome: whether a run starts.
+        reason: why not, or why so late.
+        through: the last slot of a range; none: it is one slot.
+    """
+
+    task_id: int
+    scheduled_for: datetime
+    outcome: FiringOutcome
+    reason: FiringReason | None = None
+    through: datetime | None = None

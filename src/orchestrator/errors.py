@@ -7,7 +7,9 @@
     │   ├── CrawlTaskNotFoundError        no such row in the application's crawl_tasks
     │   ├── InvalidDataSourceIdsError     an element of data_source_ids is no positive integer
     │   ├── CatalogMismatchError          the application's tables do not fit the mapping
+    │   ├── UnreadableScheduleError       a schedule or a time zone that cannot be read
     │   ├── RunNotFoundError              no such run in the ledger
+    │   ├── ScheduleNotFoundError         no beat has noticed such a crawl task
     │   └── IllegalTransitionError        the run's state does not allow it
     └── TransientError                wait and try again; nothing is lost meanwhile
         ├── DatabaseUnavailableError      PostgreSQL is down, restarting or not migrated yet
@@ -70,10 +72,22 @@ class CatalogMismatchError(RefusedError):
     code = "catalog_mismatch"
 
 
+class UnreadableScheduleError(RefusedError):
+    """A schedule or the name of a time zone cannot be read; the message says where and what may stand there."""
+
+    code = "invalid_schedule"
+
+
 class RunNotFoundError(RefusedError):
     """The ledger has no such run."""
 
     code = "run_not_found"
+
+
+class ScheduleNotFoundError(RefusedError):
+    """No beat has noticed a crawl task of this id."""
+
+    code = "schedule_not_found"
 
 
 class IllegalTransitionError(RefusedError):

@@ -33,12 +33,24 @@ class Pulse:
         ledger: where state lives.
         enqueue: sends wake-ups, each confirmed; raises PublishError.
         node: who beats.
+        problem: what keeps the node from its work, if anything does; written with its heartbeat.
+        heartbeat: seconds between heartbeats.
     """
 
-    def __init__(self, ledger: Ledger, enqueue: Callable[[Sequence[WakeUp]], None], node: Node) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        enqueue: Callable[[Sequence[WakeUp]], None],
+        node: Node,
+        *,
+        problem: Callable[[], str | None] = lambda: None,
+        heartbeat: float = HEARTBEAT,
+    ) -> None:
         self._ledger = ledger
         self._enqueue = enqueue
         self._node = node
+        self._problem = problem
+        self._heartbeat = heartbeat
         self._seen_at = float("-inf")
         self._failures = 0
 
@@ -68,7 +80,7 @@ class Pulse:
     def sign_off(self) -> None:
         """Tell the ledger that this node stopped in an orderly way, if it can hear it."""
         try:
-            self._ledger.sign_off(self._node)
+            self._ledger.nodes.sign_off(self._node)
         except TransientError as error:
             _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error))
 
@@ -77,13 +89,14 @@ class Pulse:
         return min(PERIOD * self._failures, _LONGEST_PAUSE)
 
     def _show_life(self) -> None:
-        if monotonic() - self._seen_at >= HEARTBEAT:
-            self._ledger.heartbeat(self._node, __version__, first=self._seen_at < 0)
+        if monotonic() - self._seen_at >= self._heartbeat:
+            first = self._seen_at < 0
+            self._ledger.nodes.heartbeat(self._node, __version__, first=first, problem=self._problem())
             self._seen_at = monotonic()
 
     def _wake(self) -> None:
         deadline = monotonic() + _ROUND
-        while count := self._ledger.wake_due(self._enqueue, BATCH):
+        while count := self._ledger.runs.wake_due(self._enqueue, BATCH):
             _log.info(Event.PULSE_WOKE, count=count)
             if count < BATCH or monotonic() > deadline:
                 return

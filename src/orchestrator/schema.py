@@ -9,6 +9,7 @@ from typing import Final
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Double,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    SmallInteger,
     Table,
     Text,
     Uuid,
@@ -39,9 +41,9 @@ metadata: Final = MetaData(
 )
 
 
-def _moment(name: str, *, required: bool = False) -> Column[object]:
+def _moment(name: str, *, required: bool = False, comment: str | None = None) -> Column[object]:
     default = func.clock_timestamp() if required else None
-    return Column(name, TIMESTAMP(timezone=True), nullable=not required, server_default=default)
+    return Column(name, TIMESTAMP(timezone=True), nullable=not required, server_default=default, comment=comment)
 
 
 runs: Final = Table(
@@ -56,6 +58,7 @@ runs: Final = Table(
     Column("theme_name", Text, comment="site_analysis: the theme"),
     Column("celery_id", Text, comment="the caller's id where it is no UUID"),
     Column("retry_of", Uuid, comment="the finished run that this one repeats"),
+    _moment("scheduled_for", comment="the slot that started it"),
     Column("traceparent", Text, nullable=False, comment="W3C trace context"),
     Column("total", Integer, nullable=False, server_default="0", comment="dispatches in the plan"),
     Column("published", Integer, nullable=False, server_default="0"),
@@ -99,6 +102,12 @@ runs: Final = Table(
     Index("runs_created_at_id_idx", "created_at", "id"),
     Index("runs_state_created_at_id_idx", "state", "created_at", "id"),
     Index("runs_task_id_created_at_idx", "task_id", "created_at", postgresql_where=text("task_id IS NOT NULL")),
+    # Does a run of this task overlap with the next one? Small, however long the history.
+    Index(
+        "runs_unfinished_task_id_idx",
+        "task_id",
+        postgresql_where=text("task_id IS NOT NULL AND finished_at IS NULL"),
+    ),
     Index(
         "runs_data_source_id_created_at_idx",
         "data_source_id",
@@ -143,11 +152,12 @@ attempts: Final = Table(
     Index("attempts_open_idx", "lease_until", postgresql_where=text("finished_at IS NULL")),
 )
 
+# No foreign key either: a claim inserts thousands, and checking each costs as much as writing it.
 run_events: Final = Table(
     "run_events",
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
-    Column("run_id", Uuid, ForeignKey("orchestrator.runs.id", ondelete="CASCADE"), nullable=False),
+    Column("run_id", Uuid, nullable=False),
     _moment("at", required=True),
     Column("event", Text, nullable=False),
     Column("state", Text, nullable=False, comment="the run's state after it"),
@@ -164,10 +174,12 @@ audit_events: Final = Table(
     Column("actor", Text, nullable=False),
     Column("action", Text, nullable=False),
     Column("run_id", Uuid),
+    Column("task_id", BigInteger, comment="the crawl task whose schedule it is about"),
     Column("reason", Text),
     Column("before", JSONB),
     Column("after", JSONB),
     Index("audit_events_run_id_idx", "run_id"),
+    Index("audit_events_task_id_idx", "task_id", postgresql_where=text("task_id IS NOT NULL")),
 )
 
 nodes: Final = Table(
@@ -178,7 +190,96 @@ nodes: Final = Table(
     Column("version", Text, nullable=False),
     Column("queues", ARRAY(Text), nullable=False, server_default="{}"),
     Column("concurrency", Integer),
+    Column("problem", Text, comment="what keeps it from its work"),
     _moment("started_at", required=True),
     _moment("seen_at", required=True),
     CheckConstraint("kind IN ('worker', 'beat')", name="kind"),
+)
+
+# What crawl_tasks says of a schedule, as it was last read, and what we make of it. The first columns are compared
+# with the application's own to notice edits: there is no fingerprint that could collide.
+schedules: Final = Table(
+    "schedules",
+    metadata,
+    Column("task_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("text", Text, comment="as people wrote it; null: no schedule"),
+    Column("zone", Text, nullable=False, comment="time zone, the default one where the task names none"),
+    Column("active", Boolean, nullable=False, comment="the application's is_active"),
+    Column("misfire_policy", Text, comment="as written; null: the default"),
+    Column("overlap_policy", Text, comment="as written; null: the default"),
+    Column("rules", Text, nullable=False, comment="version and settings of the reading; others are read again"),
+    Column("canonical", Text, comment="what the text means"),
+    Column("problem", Text, comment="why it cannot be read"),
+    _moment("next_fire_at", comment="the next slot to be claimed; null: none, ever, as things stand"),
+    _moment("first_seen_at", required=True),
+    _moment("read_at", required=True, comment="since when this reading stands; it never fires for earlier slots"),
+    CheckConstraint("next_fire_at IS NULL OR (active AND problem IS NULL AND canonical IS NOT NULL)", name="fires"),
+    CheckConstraint("text IS NULL OR (canonical IS NULL) = (problem IS NOT NULL)", name="reading"),
+    Index("schedules_next_fire_at_idx", "next_fire_at", postgresql_where=text("next_fire_at IS NOT NULL")),
+    Index("schedules_problem_idx", "task_id", postgresql_where=text("problem IS NOT NULL")),
+)
+
+schedule_history: Final = Table(
+    "schedule_history",
+    metadata,
+    Column("task_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("valid_from", TIMESTAMP(timezone=True), primary_key=True, comment="read_at of the reading that is past"),
+    Column("valid_until", TIMESTAMP(timezone=True), nullable=False, comment="when an edit was noticed"),
+    Column("text", Text),
+    Column("zone", Text, nullable=False),
+    Column("active", Boolean, nullable=False),
+    Column("canonical", Text),
+    Column("problem", Text),
+)
+
+# Ours, beside the application's is_active; survives whatever the application does with its row.
+pauses: Final = Table(
+    "pauses",
+    metadata,
+    Column("task_id", BigInteger, primary_key=True, autoincrement=False),
+    _moment("paused_at", required=True),
+    Column("actor", Text, nullable=False, comment="who paused it"),
+    Column("reason", Text),
+    _moment("resumed_at", comment="slots before this one stay skipped; null: it is paused"),
+)
+
+# The primary key is the judge: a slot is claimed once.
+firings: Final = Table(
+    "firings",
+    metadata,
+    Column("task_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("scheduled_for", TIMESTAMP(timezone=True), primary_key=True, comment="the slot"),
+    _moment("through", comment="not one slot but all of them up to here"),
+    Column("outcome", Text, nullable=False),
+    Column("reason", Text),
+    Column("run_id", Uuid, comment="uuid5 of (task, slot)"),
+    _moment("claimed_at", required=True),
+    Column("claimed_by", Text, nullable=False, comment="the node, or who asked for a backfill"),
+    CheckConstraint("outcome IN ('started', 'missed', 'skipped')", name="outcome"),
+    CheckConstraint("(outcome = 'started') = (run_id IS NOT NULL)", name="run"),
+    CheckConstraint("outcome = 'started' OR reason IS NOT NULL", name="reason"),
+    CheckConstraint("through IS NULL OR (outcome <> 'started' AND through >= scheduled_for)", name="through"),
+    Index("firings_scheduled_for_task_id_idx", "scheduled_for", "task_id"),
+)
+
+# Runs that were committed together and whose wake-ups are being sent. One row for thousands of runs: marking each of
+# them would cost more than claiming it did.
+outbox: Final = Table(
+    "outbox",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("due_at", TIMESTAMP(timezone=True), nullable=False, comment="after this the pulse sends them"),
+    Column("run_ids", ARRAY(Uuid), nullable=False),
+)
+
+# One row: how far the application's table has been looked through, whichever process did it.
+catalog_watch: Final = Table(
+    "catalog_watch",
+    metadata,
+    Column("id", SmallInteger, primary_key=True, autoincrement=False),
+    _moment("looked_at", comment="edits by updated_at were noticed up to here"),
+    _moment("swept_at", comment="when the last complete sweep began"),
+    _moment("sweep_began_at", comment="when the sweep under way began; null: none is"),
+    Column("sweep_after", BigInteger, nullable=False, server_default="0", comment="how far it has come"),
+    CheckConstraint("id = 1", name="one_row"),
 )

@@ -147,6 +147,25 @@ class DispatchSettings(_Section):
     slice_seconds: Seconds = Field(20.0, le=30, description="a delivery works this long, then continues later")
 
 
+class SchedulerSettings(_Section):
+    """When schedules fire, and what becomes of slots that could not."""
+
+    misfire_policy: Literal["fire_once", "skip", "all"] = Field(
+        "fire_once",
+        description="tasks that name none: which slots missed by over 60 s still fire: latest, none, all",
+    )
+    overlap_policy: Literal["skip", "allow"] = Field(
+        "skip", description="tasks that name none: a slot while a run of the task is unfinished"
+    )
+    catch_up_window: float = Field(
+        86_400.0, gt=60, le=604_800, allow_inf_nan=False, description="slots missed for longer never fire"
+    )
+    spread: int = Field(0, ge=0, le=86_400, description="seconds over which words without a time are spread; 0: none")
+    max_queued: int = Field(
+        50_000, ge=1, le=10_000_000, description="runs that wait for a worker, above which no slot is claimed"
+    )
+
+
 class LogSettings(_Section):
     """What is logged, and how."""
 
@@ -201,6 +220,7 @@ class Settings(BaseSettings):
     )
     catalog: CatalogSettings = CatalogSettings()
     dispatch: DispatchSettings = DispatchSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")

@@ -87,7 +87,7 @@ def _accept(
         arguments = _parse(parse, args, kwargs)
         not_before, expires = _moment("eta", request.get(NOT_BEFORE)), _moment("expires", request.get(EXPIRES))
     except InvalidArgumentsError as error:
-        ledger.record_ended(
+        ledger.runs.record_ended(
             {"id": run_id, "kind": kind, "trigger": Trigger.CELERY, "traceparent": traceparent, "celery_id": celery_id},
             RunState.FAILED,
             error.code,
@@ -96,9 +96,9 @@ def _accept(
         return None
     new = NewRun(run_id, arguments, Trigger.CELERY, traceparent, celery_id=celery_id, not_before=not_before)
     if expires is not None and expires <= max(datetime.now(UTC), not_before or datetime.now(UTC)):
-        ledger.expire(new)
+        ledger.runs.expire(new)
         return None
-    ledger.accept(new, delivered=True)
+    ledger.runs.accept(new, delivered=True)
     return new
 
 
@@ -172,11 +172,11 @@ def _record_fault(request: Context, kind: RunKind, error: Exception) -> None:
     run_id, celery_id = run_id_of(str(request.id))
     ledger = services().ledger
     try:
-        if not ledger.note_fault(run_id, error):
+        if not ledger.runs.note_fault(run_id, error):
             values = {"id": run_id, "kind": kind, "trigger": Trigger.CELERY, "celery_id": celery_id}
             traceparent = {"traceparent": traceparent_of(run_id, request.get("traceparent"))}
             message = f"{type(error).__name__}: {str(error)[:200]}".replace("\x00", "")
-            ledger.record_ended(values | traceparent, RunState.FAILED, "internal_error", message)
+            ledger.runs.record_ended(values | traceparent, RunState.FAILED, "internal_error", message)
     except Exception as second:
         sleep(_LONGEST_PAUSE)
         raise Reject(repr(second)[:200], requeue=True) from second

@@ -117,7 +117,9 @@ def one_run(size: int) -> None:
     configure_logging(services().settings.log)
     ours, run_id = services(), uuid4()
     started = perf_counter()
-    ours.ledger.accept(NewRun(run_id, CrawlArguments(size), Trigger.CELERY, traceparent_of(run_id)), delivered=True)
+    ours.ledger.runs.accept(
+        NewRun(run_id, CrawlArguments(size), Trigger.CELERY, traceparent_of(run_id)), delivered=True
+    )
     while ours.fan_out.deliver(run_id):
         pass
     seconds = perf_counter() - started

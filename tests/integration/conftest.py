@@ -1,4 +1,4 @@
-"""Fixtures of the tests that work on a ledger: each has a copy of one migrated database."""
+"""Fixtures of the tests that work on a ledger, each with a copy of one migrated database, or that hurt a broker."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.ledgers import Workbench, template
 from tests.support.postgres import PostgresServer
+from tests.support.rabbitmq import RabbitMQServer
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +21,10 @@ def bench(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
     """A ledger of the test's own."""
     with Workbench.copy_of(postgres_server, empty) as workbench:
         yield workbench
+
+
+@pytest.fixture(scope="module")
+def fragile_server(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG001 -- it skips
+    """A broker for the tests that hurt it."""
+    with RabbitMQServer() as server:
+        yield server

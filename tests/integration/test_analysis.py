@@ -6,14 +6,14 @@ from orchestrator.analysis import Caps, SiteAnalyser
 from orchestrator.discovery import Answer, DiscoveryClient, RetryPolicy
 from orchestrator.domain import AnalysisArguments, Attempt, WakeUp
 from orchestrator.errors import DatabaseUnavailableError
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.analyses import AnalysisLedger
 from tests.support.discovery_server import DiscoveryServer, answer
 from tests.support.ledgers import LEASE, NODE, Workbench
 
 ONE = Caps(everywhere=1, here=1)
 
 
-def deliver(ledger: Ledger, url: str, run_id: UUID) -> WakeUp | None:
+def deliver(ledger: AnalysisLedger, url: str, run_id: UUID) -> WakeUp | None:
     """Deliver a wake-up to an engine that makes one call at a time and never retries."""
     client = DiscoveryClient(url, 5)
     try:
@@ -33,18 +33,18 @@ def test_a_delivery_goes_on_with_all_that_waited_past_those_that_need_no_call(be
     for run_id in (over, waits, last, exhausted):
         assert bench.begin_attempt(run_id, cap=1, max_retries=9) is None
     bench.query("UPDATE runs SET created_at = now() - interval '1 day' WHERE id = %s RETURNING id", exhausted)
-    bench.ledger.cancel(over, actor="test")
+    bench.ledger.runs.cancel(over, actor="test")
 
     with DiscoveryServer(answer()) as discovery:
         bench.rewind(busy, LEASE + 1)
-        deliver(bench.ledger, discovery.url, waits)
+        deliver(bench.ledger.analyses, discovery.url, waits)
 
         assert [bench.state(run_id) for run_id in (waits, last)] == ["succeeded", "succeeded"]
         assert bench.state(exhausted) == "failed"
         assert len(discovery.requests) == 2
 
 
-class AwayTwice(Ledger):
+class AwayTwice(AnalysisLedger):
     """A ledger whose database is away when an answer is to be recorded, twice."""
 
     away = 2

@@ -113,7 +113,7 @@ def test_a_plan_is_what_the_slow_way_says(bench: Workbench) -> None:
 
         run_id = bench.accept()
         missing = sum(config is None for _, config in wanted)
-        assert bench.ledger.materialize(run_id, 1, catalog.plan(1)) == (len(wanted), missing)
+        assert bench.ledger.crawls.materialize(run_id, 1, catalog.plan(1)) == (len(wanted), missing)
         assert bench.plan(run_id) == [
             (source, config, "skipped" if config is None else "pending") for source, config in wanted
         ]
@@ -246,7 +246,7 @@ def test_every_name_may_be_another_one(bench: Workbench) -> None:
     )
 
     assert plan(bench, catalog=catalog) == [(1, 10), (2, None)]
-    assert bench.ledger.materialize(bench.accept(), 1, catalog.plan(1)) == (2, 1)
+    assert bench.ledger.crawls.materialize(bench.accept(), 1, catalog.plan(1)) == (2, 1)
 
 
 @pytest.mark.parametrize("name", ["task", "elements", "sources", "latest", "plan", "inserted"])
@@ -261,7 +261,7 @@ def test_tables_may_be_called_what_our_statements_call_their_parts(bench: Workbe
         bench.application.execute(rename.format(sql.Identifier(table), sql.Identifier(name)))
 
         assert plan(bench, catalog=catalog) == [(1, 11), (2, None)]
-        assert bench.ledger.materialize(bench.accept(), 1, catalog.plan(1)) == (2, 1)
+        assert bench.ledger.crawls.materialize(bench.accept(), 1, catalog.plan(1)) == (2, 1)
 
         bench.application.execute(rename.format(sql.Identifier(name), sql.Identifier(table)))
 
@@ -302,7 +302,7 @@ def test_what_is_active_and_what_is_latest_may_be_sql(
     catalog = mapped({}, {name: value for name, value in configs.items() if value is not None})
 
     assert plan(bench, catalog=catalog) == expected
-    assert bench.ledger.materialize(bench.accept(), 1, catalog.plan(1)) is not None
+    assert bench.ledger.crawls.materialize(bench.accept(), 1, catalog.plan(1)) is not None
 
 
 def test_optional_columns_may_be_absent(bench: Workbench) -> None:

@@ -18,7 +18,7 @@ import pytest
 from orchestrator import __version__
 from orchestrator.db import Database
 from orchestrator.domain import Node
-from orchestrator.ledger import Ledger
+from orchestrator.ledger.nodes import NodeLedger
 from orchestrator.schema import SCHEMA
 from tests.support.application import Application, migrated
 from tests.support.postgres import PostgresServer
@@ -328,8 +328,8 @@ def test_a_failed_run_goes_back_into_the_queue_as_itself(application: Applicatio
 def test_nodes_are_listed_and_a_beat_is_a_health_check(application: Application, shell: Shell) -> None:
     assert shell("doctor", "--beat").code == 1
     database = Database(application.url, SCHEMA)
-    Ledger(database).heartbeat(Node("beat@here", "beat"), "1.2.3")
-    Ledger(database).heartbeat(Node("worker@here", "worker", ("orchestrator.crawl",), 4), "1.2.3")
+    NodeLedger(database).heartbeat(Node("beat@here", "beat"), "1.2.3")
+    NodeLedger(database).heartbeat(Node("worker@here", "worker", ("orchestrator.crawl",), 4), "1.2.3")
     database.close()
     nodes = {node["name"]: node for node in shell.succeed("workers", "--json").document["nodes"]}
     assert nodes["worker@here"]["alive"]

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import Connection
 
-from orchestrator import ledger as ledger_module
 from orchestrator.discovery import Answer, AnswerCode
 from orchestrator.domain import (
     TRANSITIONS,
@@ -43,7 +42,9 @@ from orchestrator.errors import (
     InvalidArgumentsError,
     RunNotFoundError,
 )
-from orchestrator.ledger import LONGEST_SILENCE, MAX_STALLS, SILENCE
+from orchestrator.ledger.crawls import MAX_STALLS
+from orchestrator.ledger.runs import LONGEST_SILENCE
+from orchestrator.ledger.transitions import SILENCE
 from orchestrator.queues import Publisher, Receipt
 from tests.support.ledgers import LEASE, NODE, Workbench, sources_of
 from tests.support.processes import eventually
@@ -100,14 +101,14 @@ def crawl_in(bench: Workbench, state: RunState) -> UUID:
     run_id = bench.planned(0, skipped=1)
     match state:
         case RunState.RETRYING:
-            bench.ledger.postpone_crawl(run_id, DOWN)
+            bench.ledger.crawls.postpone(run_id, DOWN)
             bench.rewind(run_id, 2)
         case RunState.SUCCEEDED:
-            assert bench.ledger.complete_crawl(run_id)
+            assert bench.ledger.crawls.complete(run_id)
         case RunState.FAILED:
-            bench.ledger.fail(run_id, FATAL)
+            bench.ledger.runs.fail(run_id, FATAL)
         case RunState.CANCELED:
-            bench.ledger.cancel(run_id, actor="tester")
+            bench.ledger.runs.cancel(run_id, actor="tester")
     assert bench.state(run_id) == state
     return run_id
 
@@ -118,17 +119,17 @@ def analysis_in(bench: Workbench, state: RunState) -> UUID:
     if state is RunState.QUEUED:
         return run_id
     if state is RunState.CANCELED:
-        bench.ledger.cancel(run_id, actor="tester")
+        bench.ledger.runs.cancel(run_id, actor="tester")
         return run_id
     attempt = bench.begin_attempt(run_id)
     assert attempt is not None
     match state:
         case RunState.RETRYING:
-            bench.ledger.finish_attempt(attempt, BUSY, 1)
+            bench.ledger.analyses.finish_attempt(attempt, BUSY, 1)
         case RunState.SUCCEEDED:
-            bench.ledger.finish_attempt(attempt, GOOD, None)
+            bench.ledger.analyses.finish_attempt(attempt, GOOD, None)
         case RunState.FAILED:
-            bench.ledger.finish_attempt(attempt, NO, None)
+            bench.ledger.analyses.finish_attempt(attempt, NO, None)
     bench.rewind(run_id, LEASE + 1)
     assert bench.state(run_id) == state
     return run_id
@@ -136,12 +137,12 @@ def analysis_in(bench: Workbench, state: RunState) -> UUID:
 
 Action = Callable[[Workbench, UUID], object]
 ACTIONS: Final[dict[str, tuple[RunState, Action]]] = {
-    "begin": (RunState.RUNNING, lambda bench, run: bench.ledger.begin_crawl(run)),
-    "postpone": (RunState.RETRYING, lambda bench, run: bench.ledger.postpone_crawl(run, DOWN)),
-    "complete": (RunState.SUCCEEDED, lambda bench, run: bench.ledger.complete_crawl(run)),
-    "fail": (RunState.FAILED, lambda bench, run: bench.ledger.fail(run, FATAL)),
-    "cancel": (RunState.CANCELED, lambda bench, run: bench.ledger.cancel(run, actor="tester")),
-    "revive": (RunState.QUEUED, lambda bench, run: bench.ledger.revive(run, actor="tester")),
+    "begin": (RunState.RUNNING, lambda bench, run: bench.ledger.crawls.begin(run)),
+    "postpone": (RunState.RETRYING, lambda bench, run: bench.ledger.crawls.postpone(run, DOWN)),
+    "complete": (RunState.SUCCEEDED, lambda bench, run: bench.ledger.crawls.complete(run)),
+    "fail": (RunState.FAILED, lambda bench, run: bench.ledger.runs.fail(run, FATAL)),
+    "cancel": (RunState.CANCELED, lambda bench, run: bench.ledger.runs.cancel(run, actor="tester")),
+    "revive": (RunState.QUEUED, lambda bench, run: bench.ledger.runs.revive(run, actor="tester")),
 }
 RAISES: Final = {"cancel", "revive"}
 
@@ -194,14 +195,14 @@ def test_an_answer_never_moves_a_run_that_is_over(bench: Workbench, state: RunSt
     assert attempt is not None
     match state:
         case RunState.CANCELED:
-            bench.ledger.cancel(run_id, actor="tester")
+            bench.ledger.runs.cancel(run_id, actor="tester")
         case RunState.FAILED:
-            bench.ledger.finish_attempt(attempt, NO, None)
+            bench.ledger.analyses.finish_attempt(attempt, NO, None)
         case RunState.SUCCEEDED:
-            bench.ledger.finish_attempt(attempt, GOOD, None)
+            bench.ledger.analyses.finish_attempt(attempt, GOOD, None)
     before = bench.run(run_id)
 
-    bench.ledger.finish_attempt(attempt, answer, 60 if answer is BUSY else None)
+    bench.ledger.analyses.finish_attempt(attempt, answer, 60 if answer is BUSY else None)
 
     assert bench.run(run_id) == before
 
@@ -213,12 +214,12 @@ def test_an_unknown_run_is_named_or_left_alone(bench: Workbench) -> None:
             ACTIONS[action][1](bench, unknown)
     with pytest.raises(RunNotFoundError):
         bench.materialize(unknown)
-    assert bench.ledger.begin_crawl(unknown) is None
+    assert bench.ledger.crawls.begin(unknown) is None
     assert bench.begin_attempt(unknown) is None
-    assert not bench.ledger.complete_crawl(unknown)
-    bench.ledger.postpone_crawl(unknown, DOWN)
-    bench.ledger.fail(unknown, FATAL)
-    bench.ledger.mark_enqueued([unknown])
+    assert not bench.ledger.crawls.complete(unknown)
+    bench.ledger.crawls.postpone(unknown, DOWN)
+    bench.ledger.runs.fail(unknown, FATAL)
+    bench.ledger.runs.mark_enqueued([unknown])
 
     assert bench.query("SELECT id FROM runs") == []
 
@@ -227,7 +228,7 @@ def test_a_run_of_the_other_kind_is_left_alone(bench: Workbench) -> None:
     crawl, analysis = bench.accept(), bench.accept_analysis()
 
     assert bench.begin_attempt(crawl) is None
-    assert bench.ledger.begin_crawl(analysis) is None
+    assert bench.ledger.crawls.begin(analysis) is None
 
     assert (bench.state(crawl), bench.state(analysis)) == (RunState.QUEUED, RunState.QUEUED)
 
@@ -241,7 +242,7 @@ def test_the_same_id_is_one_run_and_its_first_arguments_stand(bench: Workbench) 
 
     for other in (CrawlArguments(1), CrawlArguments(2), AnalysisArguments(3, "news")):
         again = NewRun(run_id, other, Trigger.CLI, traceparent_of(uuid4()))
-        assert bench.ledger.accept(again, delivered=False) is False
+        assert bench.ledger.runs.accept(again, delivered=False) is False
 
     assert bench.run(run_id) == before
     assert [event["event"] for event in bench.events(run_id)] == ["run.accepted"]
@@ -251,7 +252,7 @@ def test_of_many_that_accept_one_run_at_once_one_creates_it(bench: Workbench) ->
     run_id = uuid4()
     new = NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id))
 
-    created = together(*[lambda: bench.ledger.accept(new, delivered=True)] * 8)
+    created = together(*[lambda: bench.ledger.runs.accept(new, delivered=True)] * 8)
 
     assert sorted(created) == [False] * 7 + [True]
     assert len(bench.events(run_id)) == 1
@@ -268,7 +269,7 @@ def test_a_run_that_ended_before_it_began_is_recorded_once(bench: Workbench, sta
     }
 
     for _ in range(2):
-        bench.ledger.record_ended(values, state, InvalidArgumentsError.code, "task_id must be an integer, got str")
+        bench.ledger.runs.record_ended(values, state, InvalidArgumentsError.code, "task_id must be an integer, got str")
 
     run = bench.run(run_id)
     assert (run["state"], run["error_code"], run["wake_at"]) == (state, "invalid_arguments", None)
@@ -285,10 +286,10 @@ def test_a_run_without_usable_arguments_is_not_revived(bench: Workbench) -> None
         "trigger": Trigger.CELERY,
         "traceparent": traceparent_of(run_id),
     }
-    bench.ledger.record_ended(values, RunState.FAILED, InvalidArgumentsError.code, "wrong arguments")
+    bench.ledger.runs.record_ended(values, RunState.FAILED, InvalidArgumentsError.code, "wrong arguments")
 
     with pytest.raises(IllegalTransitionError, match="no usable arguments"):
-        bench.ledger.revive(run_id, actor="tester")
+        bench.ledger.runs.revive(run_id, actor="tester")
 
     assert bench.state(run_id) == RunState.FAILED
 
@@ -296,7 +297,7 @@ def test_a_run_without_usable_arguments_is_not_revived(bench: Workbench) -> None
 def test_an_expired_message_leaves_a_canceled_run(bench: Workbench) -> None:
     run_id = uuid4()
 
-    bench.ledger.expire(NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id)))
+    bench.ledger.runs.expire(NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id)))
 
     run = bench.run(run_id)
     assert (run["state"], run["error_code"], run["wake_at"]) == (RunState.CANCELED, "expired", None)
@@ -306,7 +307,7 @@ def test_an_accepted_run_that_ended_is_not_ended_again(bench: Workbench) -> None
     run_id = bench.accept()
     before = bench.run(run_id)
 
-    bench.ledger.expire(NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id)))
+    bench.ledger.runs.expire(NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id)))
 
     assert bench.run(run_id) == before
 
@@ -315,23 +316,23 @@ def test_a_run_waits_for_the_callers_eta(bench: Workbench) -> None:
     run_id = uuid4()
     later = datetime.now(UTC) + timedelta(hours=1)
     new = NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id), not_before=later)
-    bench.ledger.accept(new, delivered=True)
+    bench.ledger.runs.accept(new, delivered=True)
 
-    assert bench.ledger.begin_crawl(run_id) is None
+    assert bench.ledger.crawls.begin(run_id) is None
     assert bench.wake() == []
 
     bench.rewind(run_id, 3_601)
     assert bench.wake() == [run_id]
-    assert bench.ledger.begin_crawl(run_id) is not None
+    assert bench.ledger.crawls.begin(run_id) is not None
 
 
 def test_enqueueing_a_run_that_waits_does_not_wake_it_early(bench: Workbench) -> None:
     run_id = uuid4()
     later = datetime.now(UTC) + timedelta(hours=1)
     new = NewRun(run_id, CrawlArguments(1), Trigger.CLI, traceparent_of(run_id), not_before=later)
-    bench.ledger.accept(new, delivered=False)
+    bench.ledger.runs.accept(new, delivered=False)
 
-    bench.ledger.mark_enqueued([run_id])
+    bench.ledger.runs.mark_enqueued([run_id])
 
     assert bench.run(run_id)["wake_at"] >= later
 
@@ -344,7 +345,7 @@ def test_of_two_that_fix_a_plan_at_once_exactly_one_does(bench: Workbench) -> No
     bench.application.add_task(1, list(range(1, 61)))
     for _ in range(10):
         run_id = bench.accept()
-        bench.ledger.begin_crawl(run_id)
+        bench.ledger.crawls.begin(run_id)
 
         answers = together(*[lambda run_id=run_id: bench.materialize(run_id)] * 2)
 
@@ -370,7 +371,7 @@ def test_a_plan_is_not_fixed_once_the_run_is_over(bench: Workbench) -> None:
     bench.application.add_sources(3)
     bench.application.add_task(1, [1, 2, 3])
     run_id = bench.accept()
-    bench.ledger.cancel(run_id, actor="tester")
+    bench.ledger.runs.cancel(run_id, actor="tester")
 
     assert bench.materialize(run_id) is None
 
@@ -403,11 +404,11 @@ def test_an_empty_plan_is_a_success(bench: Workbench, listed: list[object] | Non
 
 def test_two_workers_share_the_rows_and_take_none_twice(bench: Workbench) -> None:
     run_id = bench.planned(10)
-    ledger = bench.ledger
+    crawls = bench.ledger.crawls
 
-    with ledger.pending_batch(run_id, limit=3, after=0) as first:
-        with ledger.pending_batch(run_id, limit=3, after=0) as second:
-            with ledger.pending_batch(run_id, limit=10, after=0) as third:
+    with crawls.pending_batch(run_id, limit=3, after=0) as first:
+        with crawls.pending_batch(run_id, limit=3, after=0) as second:
+            with crawls.pending_batch(run_id, limit=10, after=0) as third:
                 assert (sources_of(first), sources_of(second), sources_of(third)) == (
                     [1, 2, 3],
                     [4, 5, 6],
@@ -441,7 +442,7 @@ def test_many_workers_on_one_run_publish_each_source_once(bench: Workbench) -> N
 def test_only_what_was_confirmed_is_marked(bench: Workbench) -> None:
     run_id = bench.planned(5)
 
-    with bench.ledger.pending_batch(run_id, limit=5, after=0) as batch:
+    with bench.ledger.crawls.pending_batch(run_id, limit=5, after=0) as batch:
         assert batch.mark([2, 4]) is RunState.RUNNING
 
     assert bench.assert_adds_up(run_id) == {"pending": 3, "published": 2, "skipped": 0}
@@ -452,7 +453,7 @@ def test_a_batch_that_breaks_off_leaves_its_rows_to_others(bench: Workbench) -> 
     run_id = bench.planned(5)
     before = bench.run(run_id)
 
-    with suppress(ZeroDivisionError), bench.ledger.pending_batch(run_id, limit=5, after=0) as batch:
+    with suppress(ZeroDivisionError), bench.ledger.crawls.pending_batch(run_id, limit=5, after=0) as batch:
         batch.mark([1, 2, 3, 4, 5])
         raise ZeroDivisionError
 
@@ -464,7 +465,7 @@ def test_a_worker_that_froze_with_a_batch_in_hand_is_told_to_try_again(bench: Wo
     run_id = bench.planned(3)
 
     def thaw_too_late() -> None:
-        with bench.ledger.pending_batch(run_id, limit=3, after=0) as batch:
+        with bench.ledger.crawls.pending_batch(run_id, limit=3, after=0) as batch:
             pid = batch.transaction.exec_driver_sql("SELECT pg_backend_pid()").scalar()
             batch.transaction.exec_driver_sql("SET idle_in_transaction_session_timeout = '10ms'")
             eventually(
@@ -489,11 +490,11 @@ def test_of_two_that_hold_the_last_two_batches_exactly_one_completes_the_run(ben
         def finish(
             run_id: UUID = run_id, hold: threading.Barrier = both_hold, done: threading.Barrier = both_committed
         ) -> bool:
-            with bench.ledger.pending_batch(run_id, limit=1, after=0) as batch:
+            with bench.ledger.crawls.pending_batch(run_id, limit=1, after=0) as batch:
                 hold.wait(10)
                 batch.mark(sources_of(batch))
             done.wait(10)
-            return bench.ledger.complete_crawl(run_id)
+            return bench.ledger.crawls.complete(run_id)
 
         assert sorted(together(finish, finish)) == [False, True]
         assert [event["event"] for event in bench.events(run_id)].count("run.succeeded") == 1
@@ -520,19 +521,19 @@ def test_two_engines_that_end_together_complete_the_run_however_they_interleave(
 def test_a_run_is_not_complete_while_another_batch_is_open(bench: Workbench) -> None:
     run_id = bench.planned(2)
 
-    with bench.ledger.pending_batch(run_id, limit=1, after=0) as batch:
+    with bench.ledger.crawls.pending_batch(run_id, limit=1, after=0) as batch:
         assert bench.publish(run_id) == [2]
-        assert bench.ledger.complete_crawl(run_id) is False
+        assert bench.ledger.crawls.complete(run_id) is False
         batch.mark(sources_of(batch))
 
-    assert bench.ledger.complete_crawl(run_id) is True
+    assert bench.ledger.crawls.complete(run_id) is True
 
 
 def test_a_run_that_was_not_planned_yet_is_not_complete(bench: Workbench) -> None:
     run_id = bench.accept()
-    bench.ledger.begin_crawl(run_id)
+    bench.ledger.crawls.begin(run_id)
 
-    assert bench.ledger.complete_crawl(run_id) is False
+    assert bench.ledger.crawls.complete(run_id) is False
 
 
 def test_messages_and_marks_commit_together_where_the_queue_is_in_postgresql(bench: Workbench) -> None:
@@ -555,13 +556,13 @@ def test_a_broker_that_is_down_is_tried_after_1_2_4_and_at_last_60_seconds(bench
     run_id = bench.planned(1)
     waits = []
     for _ in range(9):
-        bench.ledger.postpone_crawl(run_id, DOWN)
+        bench.ledger.crawls.postpone(run_id, DOWN)
         run = bench.run(run_id)
         waits.append((run["next_attempt_at"] - bench.events(run_id)[-1]["at"]).total_seconds())
         assert (run["state"], run["error_code"]) == (RunState.RETRYING, "broker_unreachable")
         assert run["wake_at"] - run["next_attempt_at"] < timedelta(milliseconds=100)
         bench.rewind(run_id, 61)
-        assert bench.ledger.begin_crawl(run_id) is not None
+        assert bench.ledger.crawls.begin(run_id) is not None
 
     assert waits == pytest.approx([1, 2, 4, 8, 16, 32, 60, 60, 60], rel=0.05)
 
@@ -569,12 +570,12 @@ def test_a_broker_that_is_down_is_tried_after_1_2_4_and_at_last_60_seconds(bench
 def test_progress_begins_the_waits_anew(bench: Workbench) -> None:
     run_id = bench.planned(2)
     for _ in range(5):
-        bench.ledger.postpone_crawl(run_id, DOWN)
+        bench.ledger.crawls.postpone(run_id, DOWN)
         bench.rewind(run_id, 61)
-        bench.ledger.begin_crawl(run_id)
+        bench.ledger.crawls.begin(run_id)
     assert bench.publish(run_id, limit=1) == [1]
 
-    bench.ledger.postpone_crawl(run_id, DOWN)
+    bench.ledger.crawls.postpone(run_id, DOWN)
 
     wait = bench.run(run_id)["next_attempt_at"] - bench.events(run_id)[-1]["at"]
     assert wait.total_seconds() == pytest.approx(1, rel=0.05)
@@ -587,7 +588,7 @@ def test_a_delivery_during_the_wait_leaves_and_one_after_it_goes_on(bench: Workb
     assert bench.assert_adds_up(run_id) == {"pending": 2, "published": 1, "skipped": 0}
     assert bench.run(run_id)["error_code"] == "broker_blocked"
 
-    assert bench.ledger.begin_crawl(run_id) is None
+    assert bench.ledger.crawls.begin(run_id) is None
     bench.rewind(run_id, 2)
     assert bench.wake() == [run_id]
     healthy = Fake()
@@ -606,15 +607,15 @@ def test_a_run_that_kills_its_workers_fails_after_a_bounded_number_of_deliveries
     for _ in range(MAX_STALLS):
         bench.rewind(run_id, 16)
         assert bench.wake() == [run_id]
-        assert bench.ledger.begin_crawl(run_id) is not None
+        assert bench.ledger.crawls.begin(run_id) is not None
     bench.rewind(run_id, 16)
 
-    assert bench.ledger.begin_crawl(run_id) is None
+    assert bench.ledger.crawls.begin(run_id) is None
 
     run = bench.run(run_id)
     assert (run["state"], run["error_code"], run["wake_at"]) == (RunState.FAILED, "no_progress", None)
-    bench.ledger.revive(run_id, actor="tester")
-    assert bench.ledger.begin_crawl(run_id) is not None
+    bench.ledger.runs.revive(run_id, actor="tester")
+    assert bench.ledger.crawls.begin(run_id) is not None
 
 
 @pytest.mark.parametrize("silent_for", [0, 60], ids=["soon after progress", "after a long silence"])
@@ -624,10 +625,10 @@ def test_a_storm_of_deliveries_is_not_taken_for_a_run_that_kills_its_workers(
     run_id = bench.planned(1)
     bench.rewind(run_id, silent_for)
 
-    assert all(bench.ledger.begin_crawl(run_id) is not None for _ in range(50))
+    assert all(bench.ledger.crawls.begin(run_id) is not None for _ in range(50))
 
     assert bench.publish(run_id) == [1]
-    assert bench.ledger.complete_crawl(run_id)
+    assert bench.ledger.crawls.complete(run_id)
 
 
 def test_progress_forgives_deliveries_without_progress(bench: Workbench) -> None:
@@ -635,10 +636,10 @@ def test_progress_forgives_deliveries_without_progress(bench: Workbench) -> None
     for _ in range(3):
         for _ in range(MAX_STALLS):
             bench.rewind(run_id, 6)
-            assert bench.ledger.begin_crawl(run_id) is not None
+            assert bench.ledger.crawls.begin(run_id) is not None
         bench.publish(run_id, limit=1)
 
-    assert bench.ledger.complete_crawl(run_id)
+    assert bench.ledger.crawls.complete(run_id)
 
 
 # --- Canceling ---------------------------------------------------------------------------------------------
@@ -647,8 +648,8 @@ def test_progress_forgives_deliveries_without_progress(bench: Workbench) -> None
 def test_cancel_skips_what_nobody_publishes_and_leaves_the_batch_in_flight(bench: Workbench) -> None:
     run_id = bench.planned(5)
 
-    with bench.ledger.pending_batch(run_id, limit=2, after=0) as batch:
-        bench.ledger.cancel(run_id, actor="tester", reason="wrong task")
+    with bench.ledger.crawls.pending_batch(run_id, limit=2, after=0) as batch:
+        bench.ledger.runs.cancel(run_id, actor="tester", reason="wrong task")
         assert bench.assert_adds_up(run_id) == {"pending": 2, "published": 0, "skipped": 3}
         assert bench.run(run_id)["wake_at"] is not None
         assert batch.mark(sources_of(batch)) is RunState.CANCELED
@@ -664,8 +665,8 @@ def test_cancel_skips_what_nobody_publishes_and_leaves_the_batch_in_flight(bench
 
 def test_the_pulse_skips_what_a_batch_rolled_back_after_the_cancel(bench: Workbench) -> None:
     run_id = bench.planned(5)
-    with suppress(ZeroDivisionError), bench.ledger.pending_batch(run_id, limit=2, after=0):
-        bench.ledger.cancel(run_id, actor="tester")
+    with suppress(ZeroDivisionError), bench.ledger.crawls.pending_batch(run_id, limit=2, after=0):
+        bench.ledger.runs.cancel(run_id, actor="tester")
         bench.rewind(run_id, 3)
         assert bench.wake() == []
         assert bench.assert_adds_up(run_id) == {"pending": 2, "published": 0, "skipped": 3}
@@ -683,7 +684,7 @@ def test_an_engine_stops_at_the_batch_during_which_its_run_was_canceled(bench: W
     run_id = bench.planned(50)
 
     def confirm(batch: ExtractionBatch) -> Receipt:
-        bench.ledger.cancel(run_id, actor="tester")
+        bench.ledger.runs.cancel(run_id, actor="tester")
         return Receipt([source for source, _ in batch.sources])
 
     assert bench.fan_out(Fake(confirm), batch_size=10).deliver(run_id) is None
@@ -699,13 +700,13 @@ def test_cancel_and_completion_at_once_have_one_winner_and_one_story(bench: Work
 
         def cancel(run_id: UUID = run_id) -> bool:
             try:
-                bench.ledger.cancel(run_id, actor="tester")
+                bench.ledger.runs.cancel(run_id, actor="tester")
             except IllegalTransitionError:
                 return False
             return True
 
         def complete(run_id: UUID = run_id) -> bool:
-            return bench.ledger.complete_crawl(run_id)
+            return bench.ledger.crawls.complete(run_id)
 
         canceled, completed = together(cancel, complete)
 
@@ -716,8 +717,8 @@ def test_cancel_and_completion_at_once_have_one_winner_and_one_story(bench: Work
 def test_operators_deeds_are_in_the_audit_log(bench: Workbench) -> None:
     failed, queued = crawl_in(bench, RunState.FAILED), crawl_in(bench, RunState.QUEUED)
 
-    bench.ledger.revive(failed, actor="ann", reason="the task is back")
-    bench.ledger.cancel(queued, actor="bob")
+    bench.ledger.runs.revive(failed, actor="ann", reason="the task is back")
+    bench.ledger.runs.cancel(queued, actor="bob")
 
     rows = bench.query("SELECT actor, action, run_id, reason, before, after FROM audit_events ORDER BY id")
     assert [tuple(row.values()) for row in rows] == [
@@ -740,10 +741,10 @@ def test_a_revived_crawl_keeps_its_plan_and_its_message_ids(bench: Workbench) ->
     run_id = bench.planned(3)
     bench.publish(run_id, limit=1)
     plan = bench.plan(run_id)
-    bench.ledger.fail(run_id, FATAL)
+    bench.ledger.runs.fail(run_id, FATAL)
     bench.application.execute("DELETE FROM crawl_tasks; DELETE FROM crawl_configs")
 
-    wake_up = bench.ledger.revive(run_id, actor="tester")
+    wake_up = bench.ledger.runs.revive(run_id, actor="tester")
 
     assert wake_up.run_id == run_id
     run = bench.run(run_id)
@@ -758,7 +759,7 @@ def test_a_revived_crawl_keeps_its_plan_and_its_message_ids(bench: Workbench) ->
 
 def test_a_revived_run_that_nobody_enqueues_is_woken(bench: Workbench) -> None:
     run_id = crawl_in(bench, RunState.FAILED)
-    bench.ledger.revive(run_id, actor="tester")
+    bench.ledger.runs.revive(run_id, actor="tester")
     assert bench.wake() == []
 
     bench.rewind(run_id, 3)
@@ -774,7 +775,7 @@ def test_a_revived_analysis_counts_its_calls_on_and_its_retries_anew(bench: Work
     assert bench.begin_attempt(run_id) is None
     assert bench.state(run_id) == RunState.FAILED
 
-    bench.ledger.revive(run_id, actor="tester")
+    bench.ledger.runs.revive(run_id, actor="tester")
 
     attempt = bench.begin_attempt(run_id)
     assert attempt is not None
@@ -799,7 +800,7 @@ def test_a_run_that_nobody_enqueued_is_woken_after_the_grace_and_not_before(benc
 @pytest.mark.parametrize("delivered", [True, False], ids=["delivered", "enqueued"])
 def test_a_run_under_way_is_woken_after_the_silence_and_not_before(bench: Workbench, *, delivered: bool) -> None:
     run_id = bench.accept(delivered=delivered)
-    bench.ledger.mark_enqueued([run_id])
+    bench.ledger.runs.mark_enqueued([run_id])
     bench.rewind(run_id, SILENCE - 5)
     assert bench.wake() == []
 
@@ -832,7 +833,7 @@ def test_one_wake_up_is_outstanding_and_the_next_waits_ever_longer(bench: Workbe
 
     assert waits == pytest.approx([15, 30, 60, 120, 240, 480, 600, 600], rel=0.05)
     assert waits[-1] <= LONGEST_SILENCE
-    assert bench.ledger.begin_crawl(run_id) is not None
+    assert bench.ledger.crawls.begin(run_id) is not None
     assert bench.run(run_id)["wakes"] == 0
 
 
@@ -852,7 +853,7 @@ def test_while_one_process_looks_for_due_runs_a_second_one_leaves_it_alone(bench
 
     with psycopg.connect(bench.url) as first:
         first.execute("SELECT pg_advisory_xact_lock(hashtextextended('orchestrator:orchestrator:pulse', 0))")
-        assert bench.ledger.wake_due(bench.woken.extend, 10) is None
+        assert bench.ledger.runs.wake_due(bench.woken.extend, 10) is None
 
     assert bench.wake() == [run_id]
 
@@ -863,10 +864,10 @@ def test_while_wake_ups_are_being_sent_their_runs_are_not_locked_and_not_due(ben
     meanwhile: list[object] = []
 
     def send(_: object) -> None:
-        meanwhile.append(bench.ledger.wake_due(bench.woken.extend, 10))
-        meanwhile.append(bench.ledger.begin_crawl(run_id) is not None)
+        meanwhile.append(bench.ledger.runs.wake_due(bench.woken.extend, 10))
+        meanwhile.append(bench.ledger.crawls.begin(run_id) is not None)
 
-    bench.ledger.wake_due(send, 10)
+    bench.ledger.runs.wake_due(send, 10)
 
     assert meanwhile == [0, True]
 
@@ -880,7 +881,7 @@ def test_a_wake_up_that_could_not_be_sent_is_due_again_at_once(bench: Workbench)
         raise DOWN
 
     with pytest.raises(BrokerUnreachableError):
-        bench.ledger.wake_due(refuse, 10)
+        bench.ledger.runs.wake_due(refuse, 10)
 
     changed = {name for name, value in bench.run(run_id).items() if value != before[name]}
     assert changed <= {"wake_at", "wake_number"}
@@ -892,11 +893,11 @@ def test_a_run_delivered_although_its_wake_up_failed_keeps_its_new_silence(bench
     bench.rewind(run_id, SILENCE)
 
     def send_and_fail(_: object) -> None:
-        bench.ledger.begin_crawl(run_id)
+        bench.ledger.crawls.begin(run_id)
         raise DOWN
 
     with pytest.raises(BrokerUnreachableError):
-        bench.ledger.wake_due(send_and_fail, 10)
+        bench.ledger.runs.wake_due(send_and_fail, 10)
 
     assert bench.wake() == []
 
@@ -970,7 +971,7 @@ def test_postgresql_refuses_what_the_promises_exclude(
 def test_a_node_is_seen_until_it_signs_off(bench: Workbench) -> None:
     node = Node("w1@host", "worker", ("orchestrator.crawl",), 4)
     for version in ("1.0", "1.1"):
-        bench.ledger.heartbeat(node, version)
+        bench.ledger.nodes.heartbeat(node, version)
     (row,) = bench.query("SELECT * FROM nodes")
     assert (row["name"], row["version"], row["queues"], row["concurrency"]) == (
         "w1@host",
@@ -980,7 +981,7 @@ def test_a_node_is_seen_until_it_signs_off(bench: Workbench) -> None:
     )
     assert row["seen_at"] > row["started_at"]
 
-    bench.ledger.sign_off(node)
+    bench.ledger.nodes.sign_off(node)
 
     assert bench.query("SELECT * FROM nodes") == []
 
@@ -999,7 +1000,7 @@ def test_a_call_is_in_the_ledger_before_it_is_made_and_completed_after_it(bench:
     assert (before["node"], before["outcome"], before["finished_at"]) == (NODE, None, None)
     assert (before["lease_until"] - before["started_at"]).total_seconds() == pytest.approx(LEASE, rel=0.05)
 
-    bench.ledger.finish_attempt(attempt, GOOD, None)
+    bench.ledger.analyses.finish_attempt(attempt, GOOD, None)
 
     (after,) = bench.attempts(run_id)
     assert (after["outcome"], after["status"], after["code"], after["seconds"]) == ("succeeded", 202, "ok", 0.1)
@@ -1011,7 +1012,7 @@ def test_a_retry_and_what_the_service_asked_for_are_recorded(bench: Workbench) -
     attempt = bench.begin_attempt(run_id)
     assert attempt is not None
 
-    bench.ledger.finish_attempt(attempt, BUSY, 95)
+    bench.ledger.analyses.finish_attempt(attempt, BUSY, 95)
 
     (row,), run = bench.attempts(run_id), bench.run(run_id)
     assert (row["outcome"], row["retry_after"]) == ("retryable", 90.0)
@@ -1032,7 +1033,7 @@ def test_a_refused_call_fails_the_run_at_once(bench: Workbench) -> None:
     attempt = bench.begin_attempt(run_id)
     assert attempt is not None
 
-    bench.ledger.finish_attempt(attempt, NO, None)
+    bench.ledger.analyses.finish_attempt(attempt, NO, None)
 
     run = bench.run(run_id)
     assert (run["state"], run["error_code"], run["wake_at"]) == (RunState.FAILED, "discovery_refused", None)
@@ -1042,12 +1043,12 @@ def test_success_after_a_retry_leaves_no_error_behind(bench: Workbench) -> None:
     run_id = bench.accept_analysis()
     first = bench.begin_attempt(run_id)
     assert first is not None
-    bench.ledger.finish_attempt(first, BUSY, 1)
+    bench.ledger.analyses.finish_attempt(first, BUSY, 1)
     bench.rewind(run_id, 2)
     second = bench.begin_attempt(run_id)
     assert second is not None
 
-    bench.ledger.finish_attempt(second, GOOD, None)
+    bench.ledger.analyses.finish_attempt(second, GOOD, None)
 
     run = bench.run(run_id)
     assert (run["state"], run["error_code"], run["attempts"]) == (RunState.SUCCEEDED, None, 2)
@@ -1077,7 +1078,7 @@ def test_a_call_whose_lease_ran_out_is_lost_and_counts(bench: Workbench) -> None
     assert (second.number, second.retries_done) == (2, 1)
     assert [row["outcome"] for row in bench.attempts(run_id)] == ["lost", None]
 
-    bench.ledger.finish_attempt(first, GOOD, None)
+    bench.ledger.analyses.finish_attempt(first, GOOD, None)
     assert bench.state(run_id) == RunState.RUNNING
     assert [row["outcome"] for row in bench.attempts(run_id)] == ["lost", None]
 
@@ -1088,7 +1089,7 @@ def test_a_late_answer_counts_as_long_as_nobody_gave_the_call_up(bench: Workbenc
     assert attempt is not None
     bench.rewind(run_id, LEASE + 60)
 
-    bench.ledger.finish_attempt(attempt, GOOD, None)
+    bench.ledger.analyses.finish_attempt(attempt, GOOD, None)
 
     assert bench.state(run_id) == RunState.SUCCEEDED
 
@@ -1112,9 +1113,9 @@ def test_what_was_canceled_meanwhile_stays_canceled_and_its_answer_is_recorded(b
     run_id = bench.accept_analysis()
     attempt = bench.begin_attempt(run_id)
     assert attempt is not None
-    bench.ledger.cancel(run_id, actor="tester")
+    bench.ledger.runs.cancel(run_id, actor="tester")
 
-    bench.ledger.finish_attempt(attempt, GOOD, None)
+    bench.ledger.analyses.finish_attempt(attempt, GOOD, None)
 
     assert bench.state(run_id) == RunState.CANCELED
     assert [row["outcome"] for row in bench.attempts(run_id)] == ["succeeded"]
@@ -1131,9 +1132,9 @@ def test_beyond_the_cap_runs_are_set_aside_and_go_on_oldest_first(bench: Workben
     calls = [attempt for attempt in begun if attempt is not None]
     assert [attempt.run_id for attempt in calls] == [run_ids[4], run_ids[3]]
     assert bench.run(run_ids[0])["awaits_slot"] == "discovery_concurrency"
-    bench.ledger.finish_attempt(calls[0], GOOD, None)
+    bench.ledger.analyses.finish_attempt(calls[0], GOOD, None)
     order = []
-    while (waiting := bench.ledger.next_waiting()) is not None:
+    while (waiting := bench.ledger.analyses.next_waiting()) is not None:
         order.append(waiting.run_id)
     assert order == run_ids[:3]
     assert bench.begin_attempt(order[0], cap=cap, node_cap=node_cap) is not None
@@ -1172,11 +1173,11 @@ def test_a_run_that_waits_for_its_retry_is_not_handed_out(bench: Workbench) -> N
     assert bench.begin_attempt(first, cap=1) is not None
     assert bench.begin_attempt(second, cap=1) is None
     bench.query("UPDATE runs SET next_attempt_at = clock_timestamp() + interval '1 minute' WHERE id = %s", second)
-    assert bench.ledger.next_waiting() is None
+    assert bench.ledger.analyses.next_waiting() is None
 
     bench.rewind(second, 61)
 
-    waiting = bench.ledger.next_waiting()
+    waiting = bench.ledger.analyses.next_waiting()
     assert waiting is not None
     assert waiting.run_id == second
 
@@ -1188,8 +1189,8 @@ def test_a_run_set_aside_is_not_forgotten(bench: Workbench, how: str) -> None:
     assert bench.begin_attempt(second, cap=1) is None
 
     if how == "cancel":
-        bench.ledger.cancel(second, actor="tester")
-        assert bench.ledger.next_waiting() is None
+        bench.ledger.runs.cancel(second, actor="tester")
+        assert bench.ledger.analyses.next_waiting() is None
     else:
         bench.rewind(second, SILENCE + 1)
         assert bench.wake() == [second]
@@ -1217,7 +1218,7 @@ class OneRun(RuleBasedStateMachine):
 
     @rule()
     def begin(self) -> None:
-        begun = self.bench.ledger.begin_crawl(self.run_id)
+        begun = self.bench.ledger.crawls.begin(self.run_id)
         assert (begun is not None) is (self.state in UNFINISHED)
         if begun is not None:
             assert begun.materialized is self.planned
@@ -1234,7 +1235,10 @@ class OneRun(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 6), after=st.integers(0, 6), confirm=st.sets(st.integers(1, 6)), commit=st.booleans())
     def batch(self, limit: int, after: int, confirm: set[int], *, commit: bool) -> None:
-        with suppress(ZeroDivisionError), self.bench.ledger.pending_batch(self.run_id, limit=limit, after=after) as got:
+        with (
+            suppress(ZeroDivisionError),
+            self.bench.ledger.crawls.pending_batch(self.run_id, limit=limit, after=after) as got,
+        ):
             expected = sorted(source for source in self.pending if source > after)[:limit]
             assert sources_of(got) == expected
             confirmed = confirm.intersection(expected)
@@ -1246,21 +1250,21 @@ class OneRun(RuleBasedStateMachine):
 
     @rule()
     def complete(self) -> None:
-        done = self.bench.ledger.complete_crawl(self.run_id)
+        done = self.bench.ledger.crawls.complete(self.run_id)
         assert done is (self.state is RunState.RUNNING and self.planned and not self.pending)
         if done:
             self.state = RunState.SUCCEEDED
 
     @rule()
     def postpone(self) -> None:
-        self.bench.ledger.postpone_crawl(self.run_id, DOWN)
+        self.bench.ledger.crawls.postpone(self.run_id, DOWN)
         if self.state is RunState.RUNNING:
             self.state = RunState.RETRYING
             self.bench.rewind(self.run_id, 61)
 
     @rule()
     def fail(self) -> None:
-        self.bench.ledger.fail(self.run_id, FATAL)
+        self.bench.ledger.runs.fail(self.run_id, FATAL)
         if self.state is RunState.RUNNING:
             self.state = RunState.FAILED
 
@@ -1273,26 +1277,26 @@ class OneRun(RuleBasedStateMachine):
         legal = self.state in UNFINISHED
         if not legal:
             with pytest.raises(IllegalTransitionError):
-                self.bench.ledger.cancel(self.run_id, actor="machine")
+                self.bench.ledger.runs.cancel(self.run_id, actor="machine")
             return
         if meanwhile:
-            with self.bench.ledger.pending_batch(self.run_id, limit=2, after=0) as taken:
-                self.bench.ledger.cancel(self.run_id, actor="machine")
+            with self.bench.ledger.crawls.pending_batch(self.run_id, limit=2, after=0) as taken:
+                self.bench.ledger.runs.cancel(self.run_id, actor="machine")
                 taken.mark(sources_of(taken))
                 self.published |= set(sources_of(taken))
         else:
-            self.bench.ledger.cancel(self.run_id, actor="machine")
+            self.bench.ledger.runs.cancel(self.run_id, actor="machine")
         self.pending.clear()
         self.state = RunState.CANCELED
 
     @rule()
     def revive(self) -> None:
         if self.state is RunState.FAILED:
-            assert self.bench.ledger.revive(self.run_id, actor="machine").run_id == self.run_id
+            assert self.bench.ledger.runs.revive(self.run_id, actor="machine").run_id == self.run_id
             self.state = RunState.QUEUED
         else:
             with pytest.raises(IllegalTransitionError):
-                self.bench.ledger.revive(self.run_id, actor="machine")
+                self.bench.ledger.runs.revive(self.run_id, actor="machine")
 
     @rule()
     def wake_much_later(self) -> None:
@@ -1337,48 +1341,48 @@ def test_whatever_happens_to_a_run_its_state_is_legal_and_its_counts_add_up(benc
 
 def test_wake_ups_sent_while_a_continuation_waited_in_the_queue_are_stale(bench: Workbench) -> None:
     run_id = bench.planned(3)
-    continuation = bench.ledger.hand_over(run_id)
+    continuation = bench.ledger.crawls.hand_over(run_id)
     assert continuation is not None
     for _ in range(3):
         bench.rewind(run_id, LONGEST_SILENCE)
         assert bench.wake() == [run_id]
     redundant = list(bench.woken)
 
-    assert bench.ledger.begin_crawl(run_id, continuation.number) is not None
+    assert bench.ledger.crawls.begin(run_id, continuation.number) is not None
 
     # Else each would work a slice and send a continuation of its own, and the queue would only grow.
-    assert [bench.ledger.begin_crawl(run_id, wake_up.number) for wake_up in redundant] == [None]
+    assert [bench.ledger.crawls.begin(run_id, wake_up.number) for wake_up in redundant] == [None]
     # The one that is being worked on may come again: its worker may have died.
-    assert bench.ledger.begin_crawl(run_id, continuation.number) is not None
+    assert bench.ledger.crawls.begin(run_id, continuation.number) is not None
 
 
 def test_only_one_continuation_is_on_its_way(bench: Workbench) -> None:
     run_id = bench.planned(3)
 
-    first, second = bench.ledger.hand_over(run_id), bench.ledger.hand_over(run_id)
+    first, second = bench.ledger.crawls.hand_over(run_id), bench.ledger.crawls.hand_over(run_id)
 
     assert (first is not None, second) == (True, None)
 
 
 def test_a_lost_continuation_is_made_up_for_by_the_pulse(bench: Workbench) -> None:
     run_id = bench.planned(3)
-    assert bench.ledger.hand_over(run_id) is not None
+    assert bench.ledger.crawls.hand_over(run_id) is not None
     bench.rewind(run_id, SILENCE)
     assert bench.wake() == [run_id]
     (wake_up,) = bench.woken
 
-    assert bench.ledger.begin_crawl(run_id, wake_up.number) is not None
-    assert bench.ledger.hand_over(run_id) is not None
+    assert bench.ledger.crawls.begin(run_id, wake_up.number) is not None
+    assert bench.ledger.crawls.hand_over(run_id) is not None
 
 
 def test_the_first_message_about_a_run_and_about_a_revived_one_is_good(bench: Workbench) -> None:
     run_id = bench.accept(delivered=False)
-    assert bench.ledger.begin_crawl(run_id, 0) is not None
-    bench.ledger.fail(run_id, CrawlTaskNotFoundError("gone"))
+    assert bench.ledger.crawls.begin(run_id, 0) is not None
+    bench.ledger.runs.fail(run_id, CrawlTaskNotFoundError("gone"))
 
-    wake_up = bench.ledger.revive(run_id, actor="test")
+    wake_up = bench.ledger.runs.revive(run_id, actor="test")
 
-    assert bench.ledger.begin_crawl(run_id, wake_up.number) is not None
+    assert bench.ledger.crawls.begin(run_id, wake_up.number) is not None
 
 
 def test_a_row_that_todays_rules_refuse_does_not_keep_the_pulse_from_the_others(bench: Workbench) -> None:
@@ -1400,7 +1404,7 @@ def test_an_answer_and_the_end_of_its_lease_do_not_deadlock(bench: Workbench) ->
         assert attempt is not None
         bench.rewind(run_id, LEASE + 1)
 
-        together(partial(bench.ledger.finish_attempt, attempt, ok, None), partial(bench.begin_attempt, run_id))
+        together(partial(bench.ledger.analyses.finish_attempt, attempt, ok, None), partial(bench.begin_attempt, run_id))
 
         outcomes = [row["outcome"] for row in bench.attempts(run_id)]
         assert outcomes in (["succeeded"], ["lost", None])
@@ -1409,10 +1413,10 @@ def test_an_answer_and_the_end_of_its_lease_do_not_deadlock(bench: Workbench) ->
 def test_cancelling_a_large_run_skips_it_in_short_transactions(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_module, "SKIP_BATCH", 10)
+    monkeypatch.setattr("orchestrator.ledger.runs.SKIP_BATCH", 10)
     run_id = bench.planned(35)
 
-    bench.ledger.cancel(run_id, actor="test")
+    bench.ledger.runs.cancel(run_id, actor="test")
 
     assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 0, "skipped": 35}
     assert bench.run(run_id)["wake_at"] is None

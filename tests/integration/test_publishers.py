@@ -36,7 +36,8 @@ from orchestrator.errors import (
 )
 from orchestrator.queues import Publisher, Receipt
 from orchestrator.queues.postgres import PostgresPublisher
-from orchestrator.queues.rabbitmq import Patience, RabbitMQPublisher
+from orchestrator.queues.rabbitmq import RabbitMQPublisher
+from orchestrator.rabbitmq import Patience
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
 from tests.support.rabbitmq import RabbitMQServer
@@ -187,13 +188,6 @@ def pgmq_place(database_url: str) -> Iterator[Pgmq]:
 def place(request: pytest.FixtureRequest) -> Place:
     found: Place = request.getfixturevalue(request.param)
     return found
-
-
-@pytest.fixture(scope="module")
-def fragile_server() -> Iterator[RabbitMQServer]:
-    """A broker for the tests that hurt it."""
-    with RabbitMQServer() as server:
-        yield server
 
 
 @pytest.fixture
@@ -489,7 +483,7 @@ class TestBrokerInTrouble:
     def test_an_alarm_is_reported_soon_and_passes(self, fragile: Rabbit, fragile_server: RabbitMQServer) -> None:
         known, fresh = fragile.publisher(), fragile.publisher()
         assert fragile.publish(known, batch_of(10)).error is None
-        with alarm(fragile_server):
+        with fragile_server.alarm():
             for publisher in (known, fresh, known):
                 started = monotonic()
                 receipt = fragile.publish(publisher, batch_of(5_000))
@@ -505,7 +499,7 @@ class TestBrokerInTrouble:
             )
 
     def test_an_alarm_in_the_middle_of_a_batch(self, fragile: Rabbit, fragile_server: RabbitMQServer) -> None:
-        with publishing_on(fragile) as flow, alarm(fragile_server):
+        with publishing_on(fragile) as flow, fragile_server.alarm():
             flow.await_error(BrokerBlockedError)
         flow.assert_confirmed_arrived()
 
@@ -628,19 +622,6 @@ def publishing_on(place: Rabbit) -> Iterator[Flow]:
         yield flow
     finally:
         flow.join()
-
-
-@contextmanager
-def alarm(server: RabbitMQServer) -> Iterator[None]:
-    alarms = server.log.count("memory resource limit alarm set")
-    server.ctl("set_vm_memory_high_watermark", "absolute", "1")
-    try:
-        eventually(
-            lambda: server.log.count("memory resource limit alarm set") > alarms, within=10, what="the alarm is raised"
-        )
-        yield
-    finally:
-        server.ctl("set_vm_memory_high_watermark", "0.4")
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_the_pulse_looks_at_what_is_due_and_at_nothing_else(bench: Workbench) ->
 
     def ask() -> None:
         with pytest.raises(Stop):
-            bench.ledger.wake_due(look, 200)
+            bench.ledger.runs.wake_due(look, 200)
 
     explained = Explained(bench, ask)
 
@@ -132,7 +132,7 @@ def test_the_pulse_looks_at_nothing_when_nothing_is_due(bench: Workbench) -> Non
         connection.execute("UPDATE orchestrator.runs SET wake_at = wake_at + interval '1 hour' WHERE wake_at < now()")
         connection.commit()
         try:
-            explained = Explained(bench, lambda: bench.ledger.wake_due(lambda _: None, 200))
+            explained = Explained(bench, lambda: bench.ledger.runs.wake_due(lambda _: None, 200))
         finally:
             connection.execute(
                 "UPDATE orchestrator.runs SET wake_at = wake_at - interval '1 hour'"
@@ -144,7 +144,7 @@ def test_the_pulse_looks_at_nothing_when_nothing_is_due(bench: Workbench) -> Non
 
 
 def test_the_next_run_that_waits_for_a_call_is_found_by_its_index(bench: Workbench) -> None:
-    explained = Explained(bench, bench.ledger.next_waiting)
+    explained = Explained(bench, bench.ledger.analyses.next_waiting)
 
     explained.assert_by("runs", "runs_awaits_slot_idx", "runs_pkey", "ModifyTable", looked_at=1)
 
@@ -186,7 +186,7 @@ def test_a_plan_without_statistics_is_taken_along_the_primary_key_too(fresh: Wor
     run_id = fresh.planned(50_000)
 
     def take() -> None:
-        with fresh.ledger.pending_batch(run_id, limit=1_000, after=10_000) as batch:
+        with fresh.ledger.crawls.pending_batch(run_id, limit=1_000, after=10_000) as batch:
             assert len(batch.sources) == 1_000
             batch.mark([source for source, _ in batch.sources])
 
@@ -198,7 +198,7 @@ def test_a_plan_without_statistics_is_taken_along_the_primary_key_too(fresh: Wor
 @pytest.mark.parametrize("after", [0, 60_000, 76_000, 98_000])
 def test_a_batch_is_taken_along_the_primary_key(bench: Workbench, after: int) -> None:
     def take() -> None:
-        with bench.ledger.pending_batch(RUN, limit=1_000, after=after) as batch:
+        with bench.ledger.crawls.pending_batch(RUN, limit=1_000, after=after) as batch:
             assert len(batch.sources) == 1_000
 
     explained = Explained(bench, take)
@@ -208,7 +208,7 @@ def test_a_batch_is_taken_along_the_primary_key(bench: Workbench, after: int) ->
 
 def test_a_batch_is_marked_along_the_primary_key(bench: Workbench) -> None:
     def mark() -> None:
-        with bench.ledger.pending_batch(RUN, limit=1_000, after=75_000) as batch:
+        with bench.ledger.crawls.pending_batch(RUN, limit=1_000, after=75_000) as batch:
             assert batch.mark([]) is RunState.SUCCEEDED
 
     explained = Explained(bench, mark)
@@ -220,4 +220,4 @@ def test_one_run_and_its_parts_are_found_by_their_keys(bench: Workbench) -> None
     insights = Insights(bench.database)
 
     Explained(bench, lambda: insights.run(RUN)).assert_by("runs", "runs_pkey", looked_at=1)
-    Explained(bench, lambda: bench.ledger.begin_crawl(RUN)).assert_by("runs", "runs_pkey", "ModifyTable", looked_at=1)
+    Explained(bench, lambda: bench.ledger.crawls.begin(RUN)).assert_by("runs", "runs_pkey", "ModifyTable", looked_at=1)

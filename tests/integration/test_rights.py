@@ -163,7 +163,7 @@ def test_the_runtime_fans_out(bench: Workbench) -> None:
     bench.application.add_sources(25)
     bench.application.add_task(1, list(range(1, 31)))
     run_id = bench.accept(delivered=False)
-    bench.ledger.mark_enqueued([run_id])
+    bench.ledger.runs.mark_enqueued([run_id])
 
     assert bench.fan_out().deliver(run_id) is None
 
@@ -180,28 +180,28 @@ def test_the_runtime_analyses_and_operates(bench: Workbench) -> None:
     for answer, retry_in in ((BUSY, 1.0), (BUSY, None)):
         attempt = bench.begin_attempt(run_id)
         assert attempt is not None
-        bench.ledger.finish_attempt(attempt, answer, retry_in)
+        bench.ledger.analyses.finish_attempt(attempt, answer, retry_in)
         bench.rewind(run_id, LEASE)
-    bench.ledger.revive(run_id, actor="tester")
+    bench.ledger.runs.revive(run_id, actor="tester")
     last = bench.begin_attempt(run_id)
     assert last is not None
-    bench.ledger.finish_attempt(last, GOOD, None)
+    bench.ledger.analyses.finish_attempt(last, GOOD, None)
     assert bench.state(run_id) == RunState.SUCCEEDED
 
     canceled = bench.accept()
     bench.rewind(canceled, LEASE + 1)
     assert bench.wake() == [canceled]
-    bench.ledger.cancel(canceled, actor="tester")
+    bench.ledger.runs.cancel(canceled, actor="tester")
     failed = bench.accept()
-    bench.ledger.begin_crawl(failed)
-    bench.ledger.fail(failed, CrawlTaskNotFoundError("gone"))
+    bench.ledger.crawls.begin(failed)
+    bench.ledger.runs.fail(failed, CrawlTaskNotFoundError("gone"))
     node = Node("w1@host", "worker")
-    bench.ledger.heartbeat(node, "1.0")
+    bench.ledger.nodes.heartbeat(node, "1.0")
     insights = Insights(bench.database)
     assert [view.id for view in insights.runs(limit=10)] == [failed, canceled, run_id]
     assert len(insights.attempts(run_id)) == 3
     assert [view.name for view in insights.nodes()] == ["w1@host"]
-    bench.ledger.sign_off(node)
+    bench.ledger.nodes.sign_off(node)
 
 
 def broker_of(place: Place) -> Broker:

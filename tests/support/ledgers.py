@@ -23,7 +23,8 @@ from orchestrator.domain import (
     WakeUp,
     traceparent_of,
 )
-from orchestrator.ledger import Ledger, PendingBatch
+from orchestrator.ledger import Ledger
+from orchestrator.ledger.crawls import PendingBatch
 from orchestrator.queues import Publisher
 from orchestrator.queues.postgres import PostgresPublisher
 from orchestrator.schema import SCHEMA
@@ -62,8 +63,8 @@ class Workbench:
         self.url = url
         self.schema = schema
         self.database = Database(url, schema)
-        self.ledger = Ledger(self.database)
         self.catalog = Catalog(catalog or CatalogSettings())
+        self.ledger = Ledger(self.database, self.catalog)
         self.publisher: Publisher = PostgresPublisher(QUEUE, self.database.transaction)
         self.application = Application(url)
         self.woken: list[WakeUp] = []
@@ -90,7 +91,7 @@ class Workbench:
         """Accept a run, by default of crawl task 1."""
         run_id = run_id or uuid4()
         new = NewRun(run_id, arguments or CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id))
-        self.ledger.accept(new, delivered=delivered)
+        self.ledger.runs.accept(new, delivered=delivered)
         return run_id
 
     def accept_analysis(self, source: int = 7, *, delivered: bool = True) -> UUID:
@@ -104,17 +105,17 @@ class Workbench:
         self.application.add_sources(sources)
         self.application.add_task(task_id, list(range(1, sources + skipped + 1)))
         run_id = self.accept(CrawlArguments(task_id))
-        assert self.ledger.begin_crawl(run_id) is not None
+        assert self.ledger.crawls.begin(run_id) is not None
         assert self.materialize(run_id, task_id) == (sources + skipped, skipped)
         return run_id
 
     def materialize(self, run_id: UUID, task_id: int = 1) -> tuple[int, int] | None:
         """Fix the plan of a run."""
-        return self.ledger.materialize(run_id, task_id, self.catalog.plan(task_id))
+        return self.ledger.crawls.materialize(run_id, task_id, self.catalog.plan(task_id))
 
     def publish(self, run_id: UUID, limit: int = 1_000, after: int = 0) -> list[int]:
         """Take a batch, mark all of it, and return it; nothing reaches a queue."""
-        with self.ledger.pending_batch(run_id, limit=limit, after=after) as batch:
+        with self.ledger.crawls.pending_batch(run_id, limit=limit, after=after) as batch:
             sources = sources_of(batch)
             batch.mark(sources)
         return sources
@@ -128,7 +129,7 @@ class Workbench:
         self, run_id: UUID, *, node: str = NODE, max_retries: int = 3, cap: int = 100, node_cap: int = 100
     ) -> Attempt | None:
         """Record one call to the Discovery Service; return none when none may be made."""
-        attempt = self.ledger.begin_attempt(
+        attempt = self.ledger.analyses.begin_attempt(
             run_id, node=node, lease=LEASE, max_retries=max_retries, cap=cap, node_cap=node_cap
         )
         return attempt if isinstance(attempt, Attempt) else None
@@ -136,7 +137,7 @@ class Workbench:
     def wake(self, limit: int = 1_000) -> list[UUID]:
         """Do one round of the pulse; return which runs it woke."""
         self.woken.clear()
-        assert self.ledger.wake_due(self.woken.extend, limit) is not None
+        assert self.ledger.runs.wake_due(self.woken.extend, limit) is not None
         return [wake_up.run_id for wake_up in self.woken]
 
     # --- Time ----------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
 from urllib.parse import quote
@@ -20,6 +22,7 @@ _START_LIMIT: Final = 60.0
 # Debian's wrapper in /usr/sbin changes the account; the script behind it does not.
 _PLACES: Final = ("/usr/lib/rabbitmq/bin", os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin")
 _POOL: Final = 10
+_ALARM: Final = "memory resource limit alarm set"
 _CREATE_VHOSTS: Final = """
 lists:foreach(fun(Name) ->
     ok = rabbit_vhost:add(Name, <<"tests">>),
@@ -143,6 +146,17 @@ class RabbitMQServer:
     def resume(self) -> None:
         """SIGCONT it."""
         os.kill(self.node_pid, signal.SIGCONT)
+
+    @contextmanager
+    def alarm(self) -> Iterator[None]:
+        """Raise the memory alarm for a while: it accepts no messages."""
+        alarms = self.log.count(_ALARM)
+        self.ctl("set_vm_memory_high_watermark", "absolute", "1")
+        try:
+            eventually(lambda: self.log.count(_ALARM) > alarms, within=10, what="the alarm is raised")
+            yield
+        finally:
+            self.ctl("set_vm_memory_high_watermark", "0.4")
 
     def close(self) -> None:
         """Kill everything and remove its data."""

@@ -8,6 +8,8 @@ NEWS: Final = 1
 """A small crawl task with untidy data source ids."""
 EVERYTHING: Final = 2
 """The crawl task of all data sources."""
+PRICES: Final = 3
+"""A small crawl task whose schedule is edited."""
 SMALL: Final = 40
 """Data sources of the small ones."""
 UNKNOWN: Final = 404
@@ -75,7 +77,7 @@ def create(connection: psycopg.Connection, sources: int) -> None:
     tasks: list[tuple[int, str, str, bool, list[int | None] | list[int] | None]] = [
         (NEWS, "新闻首页 (news front pages)", "每日执行", True, untidy),
         (EVERYTHING, "all data sources", "every day at 03:00", True, list(range(1, sources + 1))),
-        (3, "价格监测 (price watch)", "每周一 08:00", True, some[10:30]),
+        (PRICES, "价格监测 (price watch)", "每周一 08:00", True, some[10:30]),
         (4, "quarterly reports", "0 6 1 1,4,7,10 *", False, some[::2]),
         (5, "nothing yet", "每月1日 02:00", True, None),
     ]

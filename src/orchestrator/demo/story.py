@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, LiteralString
 from uuid import UUID
@@ -28,8 +29,8 @@ from orchestrator.demo import extractor_stub, sample
 from orchestrator.demo.stage import Stage
 from orchestrator.domain import TERMINAL, RunState
 from orchestrator.errors import RunNotFoundError
-from orchestrator.insights import RunView
-from orchestrator.ledger import SILENCE
+from orchestrator.insights import FiringView, RunView
+from orchestrator.ledger.transitions import SILENCE
 from orchestrator.telemetry import Event
 
 ANALYSES: Final = 12
@@ -79,6 +80,10 @@ _STATUSES: Final[LiteralString] = """
 SELECT data_source_id, string_agg(status, ', ' ORDER BY created_at) FROM crawl_configs
 WHERE data_source_id = ANY(%s) GROUP BY data_source_id
 """
+_RESCHEDULE: Final[LiteralString] = """
+UPDATE crawl_tasks SET schedule = %s, updated_at = now() FROM (SELECT id, schedule FROM crawl_tasks) AS before
+WHERE crawl_tasks.id = %s AND before.id = crawl_tasks.id RETURNING before.schedule
+"""
 _COUNTS: Final[LiteralString] = "SELECT (SELECT count(*) FROM crawl_tasks), (SELECT count(*) FROM crawl_configs)"
 _LISTED: Final[LiteralString] = "SELECT cardinality(data_source_ids) FROM crawl_tasks WHERE id = %s"
 
@@ -120,9 +125,10 @@ class Story:
             large, killed_at = self._a_worker_is_killed()
             self._a_run_fails_in_words()
             self._the_analyses_are_done(analyses)
+            scheduled = self._a_schedule_fires()
             self._nothing_is_lost(large, killed_at)
             self._messages_come_twice()
-            return self._ledger_and_extractor_agree([small, large])
+            return self._ledger_and_extractor_agree([small, large, *scheduled])
 
     def invite(self) -> None:
         """Tell what to try from another terminal while everything is still up."""
@@ -135,6 +141,9 @@ class Story:
             f"{command} run 3 --wait",
             f"{command} analyze 21 22 23 --theme news --wait",
             f"{command} plan {sample.NEWS}",
+            f"{command} schedules",
+            f"{command} schedule preview '每天 03:00' --zone Asia/Shanghai",
+            f"{command} why {sample.PRICES} --at 03:00",
             f"{command} runs",
             f"{command} workers",
             f"{command} --help",
@@ -246,6 +255,31 @@ class Story:
             f"{succeeded} of {len(views)} succeeded, {retried} after retries; a wait is a row, no worker sleeps"
         )
 
+    def _a_schedule_fires(self) -> list[UUID]:
+        self._voice.begin(f"Meanwhile: the schedule of crawl task {sample.PRICES} is edited, and fires")
+        listed = self._stage.until(
+            lambda: self._ours.insights.schedules(limit=10), within=_PATIENCE, what="the beat has read the schedules"
+        )
+        self._voice.table(
+            ["crawl task", "schedule as written", "read as", "next fires (UTC)"],
+            [(each.task_id, each.text or "", each.canonical or "", _moment(each.next_fire_at)) for each in listed],
+        )
+        ((before,),) = self._rows(_RESCHEDULE, "每3秒", sample.PRICES)
+        self._voice.say("an administrator writes 每3秒 (every 3 seconds) into the application's table, nothing more")
+        fired = self._stage.until(self._fired, within=_PATIENCE, what="the schedule has fired twice")
+        self._rows(_RESCHEDULE, before, sample.PRICES)
+        for firing in reversed(fired):
+            late = (firing.claimed_at - firing.scheduled_for).total_seconds()
+            self._voice.say(
+                f"slot {firing.scheduled_for:%H:%M:%S}Z {firing.outcome}, claimed {1_000 * late:.0f} ms after it came"
+            )
+        runs = [run_id for firing in self._firings() if (run_id := firing.run_id) is not None]
+        self._stage.until(lambda: all(map(self._over, runs)), within=_PATIENCE, what="the runs of its slots are over")
+        self._voice.say(
+            f"{before} is back, and {len(runs)} runs of slots are over; a slot's run has one possible id"
+        )
+        return runs
+
     def _nothing_is_lost(self, run_id: UUID, killed_at: float) -> None:
         self._voice.begin("Back to the run that lost its worker")
         self._watch(run_id)
@@ -318,6 +352,13 @@ class Story:
         view = self._seen(run_id)
         return view if view is not None and view.state in TERMINAL else None
 
+    def _firings(self) -> list[FiringView]:
+        return self._ours.insights.firings(limit=20, task_id=sample.PRICES)
+
+    def _fired(self) -> list[FiringView] | None:
+        started = [firing for firing in self._firings() if firing.run_id is not None]
+        return started if len(started) > 1 else None
+
     def _watch(self, run_id: UUID) -> None:
         """Show how a crawl run goes until it is over."""
         with self._voice.progress() as progress:
@@ -333,6 +374,10 @@ class Story:
         self._voice.say(
             f"run {view.id} {view.state}: {view.published:,} published, {view.skipped:,} skipped of {view.total:,}"
         )
+
+
+def _moment(moment: datetime | None) -> str:
+    return "never" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
 class _Voice:

@@ -15,4 +15,6 @@ depends_on = None
 
 def upgrade() -> None:
     """Apply."""
+    # The schema's own name: ALTER does not heed the translate map.
+    schema = op.get_context().version_table_schema
     ${upgrades if upgrades else "pass"}

@@ -1,0 +1,178 @@
+"""The scheduler's engine: notice edits of the application's schedules, and claim the slots that have come.
+
+Nobody is leader: every beat runs one of these, and the ledger lets a slot be claimed once. Runs are committed before
+their wake-ups are sent; one that gets lost is sent by the pulse.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Final
+
+from orchestrator.domain import FiringOutcome, WakeUp
+from orchestrator.errors import OrchestratorError, PublishError, UnreadableScheduleError
+from orchestrator.ledger import Ledger
+from orchestrator.ledger.schedules import Look, Unsent
+from orchestrator.telemetry import Event, logger
+from orchestrator.timetable import Timetable
+
+LONGEST_SLEEP: Final = 1.0
+"""Seconds between rounds at most: a schedule may be edited meanwhile, and SIGTERM is to be heard."""
+LOOK: Final = 1.0
+"""Seconds between looks for edits by ``updated_at``."""
+SWEEP: Final = 60.0
+"""Seconds between sweeps for other edits, at most."""
+QUICKEST_SWEEP: Final = 5.0
+"""The same at least."""
+SHARE: Final = 0.05
+"""Share of the time that looking may take, as long as that allows for a sweep a minute."""
+
+_BUDGET: Final = 2.0  # seconds that looking, and claiming, may take in one round
+_SCHEDULES: Final = 2_000  # in one claim
+_FIRINGS: Final = 5_000  # in one claim, and those of one schedule more
+_OTHERS_TURN: Final = 0.05  # seconds, while other beats have taken all that is due
+_LONGEST_PAUSE: Final = 10.0  # seconds between tries while something is down
+
+_log = logger(__name__)
+
+
+class FiringEngine:
+    """Fires schedules.
+
+    Args:
+        ledger: where schedules, slots and runs are.
+        timetable: what schedules mean.
+        enqueue: sends wake-ups, each confirmed; raises PublishError.
+        node: who claims.
+        max_queued: runs that wait for a worker, above which no slot is claimed.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        timetable: Timetable,
+        enqueue: Callable[[Sequence[WakeUp]], None],
+        node: str,
+        *,
+        max_queued: int,
+    ) -> None:
+        self._ledger = ledger
+        self._timetable = timetable
+        self._enqueue = enqueue
+        self._node = node
+        self._max_queued = max_queued
+        self._look_every = LOOK
+        self._sweep_every = QUICKEST_SWEEP
+        self._sweeping = 0.0
+        self._failures = 0
+        self._held_back = False
+        self._broker_back_at = 0.0
+        self.problem: str | None = None
+        """What keeps schedules from firing, if anything does."""
+
+    def once(self) -> float:
+        """Do a round; return how many seconds to wait before the next. Never raises."""
+        try:
+            self._look()
+            wait = self._claim()
+        except OrchestratorError as error:
+            return self._failed(str(error), error)
+        except Exception as error:  # noqa: BLE001 -- one bad moment must not end every schedule
+            return self._failed(f"{type(error).__name__}; see its log", error)
+        self._failures = 0
+        self.problem = None
+        return wait
+
+    def _failed(self, problem: str, error: Exception) -> float:
+        self.problem = problem
+        self._failures += 1
+        pause = min(0.5 * 2.0 ** min(self._failures - 1, 10), _LONGEST_PAUSE)
+        if isinstance(error, OrchestratorError):
+            _log.warning(Event.FIRING_FAILED, code=error.code, error=problem, delay=pause)
+        else:
+            _log.error(Event.FIRING_FAILED, code="internal_error", delay=pause, exc_info=error)
+        return pause
+
+    # --- Looking -------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Notice edits, for a while; what is left is noticed in the next round."""
+        give_up_at = monotonic() + _BUDGET
+        more = True
+        while more and monotonic() < give_up_at:
+            began_at = monotonic()
+            look = self._ledger.schedules.look(
+                self._timetable, every=self._look_every, sweep_every=self._sweep_every, by=self._node
+            )
+            self._adapt(look, monotonic() - began_at)
+            more = look.more
+
+    def _adapt(self, look: Look, took: float) -> None:
+        """Look less often where it takes long: the table may be large, and have no index on ``updated_at``."""
+        match look.kind:
+            case "updates":
+                self._look_every = max(LOOK, took / SHARE)
+            case "sweep":
+                self._sweeping += took
+                if not look.more:
+                    enough = SWEEP if look.has_updates else self._sweeping / SHARE
+                    self._sweep_every = min(max(enough, QUICKEST_SWEEP), SWEEP)
+                    self._sweeping = 0.0
+
+    # --- Claiming ------------------------------------------------------------------------------------------
+
+    def _claim(self) -> float:
+        """Claim what is due, for a while; return how many seconds to wait."""
+        give_up_at = monotonic() + _BUDGET
+        while monotonic() < give_up_at:
+            due_in = self._ledger.schedules.next_due_in()
+            if due_in is None or due_in > 0:
+                return LONGEST_SLEEP if due_in is None else min(due_in, LONGEST_SLEEP)
+            if self._is_held_back():
+                return LONGEST_SLEEP
+            if not self._claim_some():
+                return _OTHERS_TURN
+        return 0.0
+
+    def _is_held_back(self) -> bool:
+        queued = self._ledger.schedules.backlog(self._max_queued)
+        held_back = queued >= self._max_queued
+        if held_back and not self._held_back:
+            _log.warning(Event.SLOTS_HELD_BACK, queued=queued)
+        self._held_back = held_back
+        return held_back
+
+    def _claim_some(self) -> bool:
+        """Claim a batch; return whether there was anything that others had not taken."""
+        counts: Counter[FiringOutcome] = Counter()
+        latest = 0.0
+        with self._ledger.schedules.claim(self._timetable, limit=_SCHEDULES, by=self._node) as claim:
+            for schedule in claim.due:
+                try:
+                    overlapping = schedule.task_id in claim.overlapping
+                    slots, rest = self._timetable.settle(schedule, claim.now, overlapping=overlapping)
+                except UnreadableScheduleError as error:
+                    claim.reject(schedule, str(error))
+                    continue
+                claim.settle(schedule, slots, rest)
+                counts.update(slot.outcome for slot in slots)
+                latest = max(latest, (claim.now - schedule.next_fire_at).total_seconds())
+                if counts.total() >= _FIRINGS:
+                    break
+        if counts:
+            by_outcome = {outcome.value: count for outcome, count in counts.items()}
+            _log.info(Event.SLOTS_CLAIMED, **by_outcome, latest=round(latest, 3))
+        self._send(claim.unsent)
+        return bool(claim.due or claim.edited)
+
+    def _send(self, unsent: Unsent) -> None:
+        """Enqueue committed runs; where that fails the pulse will, so it is no reason to claim no more."""
+        if unsent.batch is None or monotonic() < self._broker_back_at:
+            return
+        try:
+            self._enqueue(unsent.wake_ups)
+        except PublishError as error:
+            _log.warning(Event.WAKE_UP_FAILED, code=error.code, error=str(error))
+            self._broker_back_at = monotonic() + _LONGEST_PAUSE
+        else:
+            self._ledger.runs.mark_sent(unsent.batch)

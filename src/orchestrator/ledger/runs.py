@@ -1,0 +1,326 @@
+"""What happens to a run of either kind: it is accepted, enqueued, woken, failed, canceled, revived.
+
+Knows that a crawl run has rows to skip and a plan to complete, and nothing of how they are published.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
+
+from orchestrator.db import Database
+from orchestrator.domain import UNFINISHED, DispatchState, NewRun, RunKind, RunState, SkipReason, WakeUp
+from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, OrchestratorError
+from orchestrator.ledger.transitions import (
+    ENQUEUE_GRACE,
+    SILENCE,
+    announce,
+    anything_pending,
+    arguments_of,
+    backoff,
+    clock,
+    complete_crawl,
+    end,
+    from_now,
+    identity_of,
+    illegal,
+    insert_run,
+    lock_key,
+    now,
+    run_row,
+    transition,
+    wake_up_of,
+)
+from orchestrator.schema import audit_events, dispatches, outbox, runs
+from orchestrator.telemetry import Event, logger
+
+LONGEST_SILENCE: Final = 600.0
+"""Cap, in seconds, of the backoff between wake-ups of a run that nothing delivers."""
+SKIP_BATCH: Final = 10_000
+"""Rows of a canceled run that are skipped in one transaction."""
+
+_log = logger(__name__)
+
+
+class RunLedger:
+    """Accepts, wakes and ends runs.
+
+    Args:
+        database: where the ledger's tables are.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def accept(self, new: NewRun, *, delivered: bool) -> bool:
+        """Commit a run; return whether it is new. The same id is one run, and its first arguments stand.
+
+        Args:
+            new: the run.
+            delivered: a worker holds a message about it, so it needs no enqueueing of ours.
+        """
+        wake_at = new.not_before or from_now(SILENCE if delivered else ENQUEUE_GRACE)
+        values = identity_of(new) | {
+            "state": RunState.QUEUED,
+            "enqueued_at": clock if delivered else None,
+            "next_attempt_at": new.not_before,
+            "wake_at": wake_at,
+        }
+        with self._database.transaction() as connection:
+            created = insert_run(connection, values)
+            kept = None if created else arguments_of(run_row(connection, new.run_id))
+        if created:
+            _log.info(Event.RUN_ACCEPTED, run_id=str(new.run_id), kind=values["kind"], trigger=new.trigger)
+        elif kept != new.arguments:
+            _log.warning(
+                Event.RUN_ID_CONFLICT, run_id=str(new.run_id), kept=repr(kept)[:200], ignored=repr(new.arguments)[:200]
+            )
+        return created
+
+    def record_ended(self, values: dict[str, object], state: RunState, code: str, message: str) -> None:
+        """Commit a run that ended before it began: wrong arguments, or expired on the way.
+
+        Args:
+            values: ``id``, ``kind``, ``trigger``, ``traceparent`` and whatever else is known of it.
+            state: failed or canceled.
+            code: stable error code.
+            message: one sentence for people.
+        """
+        ended = {"state": state, "error_code": code, "error_message": message, "finished_at": clock}
+        with self._database.transaction() as connection:
+            created = insert_run(connection, values | ended)
+        if created and state is RunState.FAILED:
+            _log.warning(Event.RUN_ARGUMENTS_INVALID, run_id=str(values["id"]), code=code, error=message)
+
+    def expire(self, new: NewRun) -> None:
+        """Commit a run whose message came after the caller's expiry time."""
+        self.record_ended(identity_of(new), RunState.CANCELED, "expired", "the message expired before a worker saw it")
+
+    def mark_sent(self, batch: int) -> None:
+        """Note that the wake-ups of a whole batch of new runs are safely in the broker; cheap, however many."""
+        with self._database.transaction() as connection:
+            connection.execute(delete(outbox).where(outbox.c.id == batch))
+
+    def mark_enqueued(self, run_ids: Sequence[UUID]) -> None:
+        """Note that a wake-up for each run is safely in the broker."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                update(runs)
+                .where(runs.c.id.in_(run_ids), runs.c.state == RunState.QUEUED, runs.c.enqueued_at.is_(None))
+                # Never before the caller's ETA; GREATEST passes over NULL.
+                .values(enqueued_at=clock, wake_at=func.greatest(from_now(SILENCE), runs.c.next_attempt_at))
+            )
+
+    def fail(self, run_id: UUID, error: OrchestratorError) -> None:
+        """End a running run as failed, with the error's code and sentence."""
+        with self._database.transaction() as connection:
+            run = end(connection, run_id, RunState.FAILED, error.code, str(error))
+        announce(run)
+
+    def note_fault(self, run_id: UUID, error: BaseException) -> bool:
+        """Note on an unfinished run what went wrong unforeseen; return whether the ledger has the run at all.
+
+        Its state stays: the pulse brings it up again, and too many deliveries without progress end it.
+        """
+        values = {"error_code": "internal_error", "error_message": _first_words(error)}
+        with self._database.transaction() as connection:
+            connection.execute(update(runs).where(runs.c.id == run_id, runs.c.state.in_(UNFINISHED)).values(values))
+            return connection.scalar(select(exists().where(runs.c.id == run_id))) is True
+
+    def cancel(self, run_id: UUID, *, actor: str, reason: str | None = None) -> None:
+        """Cancel an unfinished run; its pending rows that nobody is publishing become skipped at once.
+
+        Raises:
+            RunNotFoundError: there is no such run.
+            IllegalTransitionError: it is over.
+        """
+        with self._database.transaction() as connection:
+            before = run_row(connection, run_id, lock=True)
+            message = f"canceled by {actor}" + (f": {reason}" if reason else "")
+            run = end(connection, run_id, RunState.CANCELED, "canceled", message, wake_at=clock)
+            if run is None:
+                raise illegal(before, "canceled")
+            _audit(connection, actor, "cancel", before, RunState.CANCELED, reason)
+        # In short transactions: workers in mid-batch wait for the run's row, with confirmed messages in hand.
+        skipped = 0
+        while count := self._skip_some(run_id):
+            skipped += count
+        _log.info(Event.RUN_CANCELED, run_id=str(run_id), actor=actor, skipped=skipped)
+
+    def _skip_some(self, run_id: UUID) -> int:
+        with self._database.transaction() as connection:
+            return _skip_pending(connection, run_id)
+
+    def revive(self, run_id: UUID, *, actor: str, reason: str | None = None) -> WakeUp:
+        """Put a failed run back in the queue: same run, plan and message ids; attempt numbers go on.
+
+        Raises:
+            RunNotFoundError: there is no such run.
+            IllegalTransitionError: it did not fail.
+        """
+        with self._database.transaction() as connection:
+            before = run_row(connection, run_id, lock=True)
+            arguments = arguments_of(before)
+            if arguments is None:
+                raise IllegalTransitionError(f"run {run_id} has no usable arguments; start a new one")
+            run = transition(
+                connection,
+                run_id,
+                RunState.QUEUED,
+                None,
+                f"retried by {actor}" + (f": {reason}" if reason else ""),
+                error_code=None,
+                error_message=None,
+                enqueued_at=None,
+                finished_at=None,
+                next_attempt_at=None,
+                progress_at=clock,
+                wake_at=from_now(ENQUEUE_GRACE),
+                attempts_forgiven=runs.c.attempts,
+                stalls=0,
+                wakes=0,
+                wake_number=runs.c.wake_number + 1,
+                postponements=0,
+            )
+            if run is None:
+                raise illegal(before, "retried")
+            _audit(connection, actor, "retry", before, RunState.QUEUED, reason)
+        _log.info(Event.RUN_REVIVED, run_id=str(run_id), actor=actor)
+        return wake_up_of(run)
+
+    def wake_due(self, enqueue: Callable[[Sequence[WakeUp]], None], limit: int) -> int | None:
+        """Enqueue a wake-up for each run that is due, oldest first; one process at a time looks for them.
+
+        No lock is held while the broker is spoken to. When ``enqueue`` raises, the runs are due again at once;
+        a crash before that costs them one silence.
+
+        Returns:
+            how many runs were due, at most ``limit``; none when another process is looking.
+        """
+        with self._database.transaction() as connection:
+            if not connection.scalar(select(func.pg_try_advisory_xact_lock(lock_key(self._database.schema, "pulse")))):
+                return None
+            _take_over_unsent(connection)
+            due, waking = _claim_due(connection, limit)
+        if waking:
+            try:
+                enqueue(waking)
+            except OrchestratorError:
+                self._give_back(waking)
+                raise
+            self.mark_enqueued([wake_up.run_id for wake_up in waking])
+        return due
+
+    def _give_back(self, waking: Sequence[WakeUp]) -> None:
+        """Make runs due again whose wake-up may not have been sent; one that was delivered is left alone."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                update(runs)
+                .where(
+                    runs.c.id.in_([wake_up.run_id for wake_up in waking]),
+                    runs.c.state.in_(UNFINISHED),
+                    runs.c.wakes > 0,
+                )
+                .values(wakes=runs.c.wakes - 1, wake_at=clock)
+            )
+
+
+# --- Parts of transactions ---------------------------------------------------------------------------------
+
+
+def _take_over_unsent(connection: Connection) -> None:
+    """Make runs due whose wake-ups were to be sent together, and whose sender did not say that they were."""
+    unsent = connection.scalars(delete(outbox).where(outbox.c.due_at <= now).returning(outbox.c.run_ids)).all()
+    for run_ids in unsent:
+        connection.execute(
+            update(runs)
+            .where(runs.c.id.in_(run_ids), runs.c.state == RunState.QUEUED, runs.c.wakes == 0)
+            .values(wake_at=clock)
+        )
+
+
+def _skip_pending(connection: Connection, run_id: UUID) -> int:
+    """Skip some of a canceled run's pending rows that nobody is publishing; keep its wake-up while any are left."""
+    unlocked = (
+        select(dispatches.c.data_source_id)
+        .where(dispatches.c.run_id == run_id, dispatches.c.state == DispatchState.PENDING)
+        .limit(SKIP_BATCH)
+        .with_for_update(skip_locked=True)
+        .cte("unlocked")
+    )
+    skipped = connection.execute(
+        update(dispatches)
+        .where(dispatches.c.run_id == run_id, dispatches.c.data_source_id == unlocked.c.data_source_id)
+        .values(state=DispatchState.SKIPPED.value, reason=SkipReason.RUN_CANCELED.value)
+    ).rowcount
+    left = connection.scalar(select(anything_pending(run_id)))
+    connection.execute(
+        update(runs)
+        .where(runs.c.id == run_id)
+        .values(skipped=runs.c.skipped + skipped, wake_at=from_now(ENQUEUE_GRACE) if left else None)
+    )
+    return skipped
+
+
+def _claim_due(connection: Connection, limit: int) -> tuple[int, list[WakeUp]]:
+    """Take what is due; return how many that were, and the wake-ups to send, each not due again for a while."""
+    due = connection.execute(
+        select(runs)
+        .where(runs.c.wake_at <= now)
+        .order_by(runs.c.wake_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for run in due:
+        if run.state == RunState.CANCELED:
+            _skip_pending(connection, run.id)
+    waking = [run for run in due if run.state in UNFINISHED and not _complete_if_done(connection, run)]
+    if not waking:
+        return len(due), []
+    claimed = connection.execute(
+        update(runs)
+        .where(runs.c.id.in_([run.id for run in waking]))
+        .values(wakes=runs.c.wakes + 1, wake_number=runs.c.wake_number + 1, wake_at=from_now(backoff(LONGEST_SILENCE)))
+        .returning(runs)
+    ).all()
+    rank = {run.id: place for place, run in enumerate(waking)}
+    oldest_first = sorted(claimed, key=lambda run: rank[run.id])
+    return len(due), [wake_up for run in oldest_first if (wake_up := _wake_up_or_fail(connection, run)) is not None]
+
+
+def _wake_up_or_fail(connection: Connection, run: Row[Any]) -> WakeUp | None:
+    """Contain a row that today's rules do not accept: it must not keep the pulse from all the others."""
+    try:
+        return wake_up_of(run)
+    except InvalidArgumentsError as error:
+        if run.state != RunState.RUNNING:
+            transition(connection, run.id, RunState.RUNNING, None, None)
+        announce(end(connection, run.id, RunState.FAILED, error.code, str(error)))
+        return None
+
+
+def _complete_if_done(connection: Connection, run: Row[Any]) -> bool:
+    """End a silent crawl run that has nothing pending: its last worker died between batch and completion."""
+    if run.kind != RunKind.CRAWL or run.state != RunState.RUNNING or run.published + run.skipped < run.total:
+        return False
+    return complete_crawl(connection, run.id) is not None
+
+
+def _audit(
+    connection: Connection, actor: str, action: str, before: Row[Any], after: RunState, reason: str | None
+) -> None:
+    connection.execute(
+        insert(audit_events).values(
+            actor=actor,
+            action=action,
+            run_id=before.id,
+            reason=reason,
+            before={"state": before.state, "error_code": before.error_code},
+            after={"state": after},
+        )
+    )
+
+
+def _first_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0].replace("\x00", "")[:500]

@@ -1,0 +1,244 @@
+"""The steps that several stories of the ledger share, each a part of its caller's transaction.
+
+Decides what an edge of ``domain.TRANSITIONS`` writes, on the database's clock; which edge to take, and when, is the
+stories' business.
+"""
+
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Connection, Row, case, exists, func, insert, literal_column, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from orchestrator.domain import (
+    UNFINISHED,
+    AnalysisArguments,
+    Arguments,
+    CrawlArguments,
+    DispatchState,
+    NewRun,
+    RunKind,
+    RunState,
+    WakeUp,
+    sources_of,
+)
+from orchestrator.errors import IllegalTransitionError, RunNotFoundError
+from orchestrator.schema import dispatches, run_events, runs
+from orchestrator.telemetry import Event, logger
+
+ENQUEUE_GRACE: Final = 2.0
+"""Seconds after which a committed run that nobody enqueued is enqueued by the pulse."""
+SILENCE: Final = 15.0
+"""Seconds without progress after which a run is woken; no proof of death is needed."""
+
+clock: Final = func.clock_timestamp()
+"""The database's clock, to be written and compared with one row."""
+now: Final = func.statement_timestamp()
+"""For searches: an index can be asked for what is stable within a statement, not for what changes from row to row."""
+
+_log = logger(__name__)
+_SECOND: Final[ColumnElement[Any]] = literal_column("interval '1 second'")
+
+
+def from_now(seconds: float | ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the moment that is so many seconds away."""
+    return clock + _SECOND * seconds
+
+
+_EVENTS: Final = {
+    RunState.QUEUED: Event.RUN_REVIVED,
+    RunState.RUNNING: Event.RUN_STARTED,
+    RunState.RETRYING: Event.RUN_RETRYING,
+    RunState.SUCCEEDED: Event.RUN_SUCCEEDED,
+    RunState.FAILED: Event.RUN_FAILED,
+    RunState.CANCELED: Event.RUN_CANCELED,
+}
+
+
+def identity_of(new: NewRun) -> dict[str, object]:
+    """Return the columns that say what a run is; they never change."""
+    values: dict[str, object] = {
+        "id": new.run_id,
+        "trigger": new.trigger,
+        "traceparent": new.traceparent,
+        "celery_id": new.celery_id,
+        "retry_of": new.retry_of,
+    }
+    match new.arguments:
+        case CrawlArguments(task_id):
+            return values | {"kind": RunKind.CRAWL, "task_id": task_id}
+        case AnalysisArguments(data_source_id, theme_name):
+            return values | {
+                "kind": RunKind.SITE_ANALYSIS,
+                "data_source_id": data_source_id,
+                "theme_name": theme_name,
+            }
+
+
+def arguments_of(run: Row[Any]) -> Arguments | None:
+    """Return what a run was asked for; none when its message had no usable arguments.
+
+    Raises:
+        InvalidArgumentsError: today's rules do not accept them any more.
+    """
+    if run.kind == RunKind.CRAWL:
+        return None if run.task_id is None else CrawlArguments(run.task_id)
+    return None if run.theme_name is None else AnalysisArguments(run.data_source_id, run.theme_name)
+
+
+def wake_up_of(run: Row[Any]) -> WakeUp:
+    """Return the wake-up to send about an unfinished run, as its row numbers it.
+
+    Raises:
+        InvalidArgumentsError: see :func:`arguments_of`.
+    """
+    arguments = arguments_of(run)
+    if arguments is None:
+        raise AssertionError(f"run {run.id} is unfinished and has no arguments")
+    return WakeUp(run.id, arguments, run.traceparent, run.wake_number)
+
+
+def insert_run(connection: Connection, values: dict[str, object]) -> bool:
+    """Insert a run and record it; return false, and change nothing, when its id is taken."""
+    statement = upsert(runs).values(values).on_conflict_do_nothing(index_elements=[runs.c.id]).returning(runs)
+    run = connection.execute(statement).one_or_none()
+    if run is not None:
+        _record(connection, run, Event.RUN_ACCEPTED, run.error_code, run.error_message)
+    return run is not None
+
+
+def run_row(connection: Connection, run_id: UUID, *, lock: bool = False) -> Row[Any]:
+    """Return a run's row, locked until the transaction ends if so asked.
+
+    Raises:
+        RunNotFoundError: there is no such run.
+    """
+    statement = select(runs).where(runs.c.id == run_id)
+    run = connection.execute(statement.with_for_update() if lock else statement).one_or_none()
+    if run is None:
+        raise RunNotFoundError(f"there is no run {run_id}")
+    return run
+
+
+def workable(kind: RunKind) -> ColumnElement[bool]:
+    """Whether a run is unfinished, and its wait, if any, over; of this kind, for a foreign message may carry any id."""
+    due = or_(runs.c.next_attempt_at.is_(None), runs.c.next_attempt_at <= clock)
+    return (runs.c.kind == kind) & runs.c.state.in_(UNFINISHED) & due
+
+
+def begin(
+    connection: Connection,
+    run_id: UUID,
+    kind: RunKind,
+    *conditions: ColumnElement[bool],
+    wake_in: float,
+    **values: object,
+) -> Row[Any] | None:
+    """Make a run running if it may work now (again); count a stall if nothing moved since the last one."""
+    # Many deliveries within moments are a storm, not a run that kills its workers: they count once.
+    stalled = func.greatest(runs.c.progress_at, runs.c.stalled_at) < from_now(-5)
+    moved = {
+        "started_at": func.coalesce(runs.c.started_at, clock),
+        "next_attempt_at": None,
+        "wake_at": from_now(wake_in),
+        "wakes": 0,
+        "stale_below": runs.c.wake_number + 1,
+        "stalls": case((stalled, runs.c.stalls + 1), else_=runs.c.stalls),
+        "stalled_at": case((stalled, clock), else_=runs.c.stalled_at),
+        **values,
+    }
+    run = transition(connection, run_id, RunState.RUNNING, None, None, workable(kind), *conditions, **moved)
+    if run is not None:
+        return run
+    again = update(runs).where(runs.c.id == run_id, runs.c.state == RunState.RUNNING, workable(kind), *conditions)
+    return connection.execute(again.values(moved).returning(runs)).one_or_none()
+
+
+def transition(
+    connection: Connection,
+    run_id: UUID,
+    target: RunState,
+    code: str | None,
+    message: str | None,
+    *conditions: ColumnElement[bool],
+    **values: object,
+) -> Row[Any] | None:
+    """Compare-and-set a run's state; return its row, or none when the present state does not lead there."""
+    if code is not None:
+        values |= {"error_code": code, "error_message": message}
+    run = connection.execute(
+        update(runs)
+        .where(runs.c.id == run_id, runs.c.state.in_(sources_of(target)), *conditions)
+        .values(state=target, **values)
+        .returning(runs)
+    ).one_or_none()
+    if run is not None:
+        _record(connection, run, _EVENTS[target], code, message)
+    return run
+
+
+def end(
+    connection: Connection,
+    run_id: UUID,
+    target: RunState,
+    code: str | None,
+    message: str | None,
+    *conditions: ColumnElement[bool],
+    wake_at: ColumnElement[Any] | None = None,
+) -> Row[Any] | None:
+    """Make a run be over, with its reason unless it succeeded; return its row, or none when it cannot end so."""
+    cleared = {"error_code": None, "error_message": None} if target is RunState.SUCCEEDED else {}
+    ended = {"finished_at": clock, "wake_at": wake_at, "next_attempt_at": None, "awaits_slot": None}
+    return transition(connection, run_id, target, code, message, *conditions, **ended, **cleared)
+
+
+def _record(connection: Connection, run: Row[Any], event: Event, code: str | None, message: str | None) -> None:
+    connection.execute(
+        insert(run_events).values(run_id=run.id, event=event, state=run.state, code=code, message=message)
+    )
+
+
+def announce(run: Row[Any] | None) -> None:
+    """Log how a run now stands, if it changed."""
+    if run is None:
+        return
+    run_id, counts = str(run.id), {"total": run.total, "published": run.published, "skipped": run.skipped}
+    match run.state:
+        case RunState.SUCCEEDED:
+            _log.info(Event.RUN_SUCCEEDED, run_id=run_id, kind=run.kind, **counts)
+        case RunState.FAILED:
+            _log.error(Event.RUN_FAILED, run_id=run_id, kind=run.kind, code=run.error_code, error=run.error_message)
+        case RunState.RETRYING:
+            moment = run.next_attempt_at.isoformat()
+            _log.warning(
+                Event.RUN_RETRYING, run_id=run_id, code=run.error_code, error=run.error_message, next_attempt_at=moment
+            )
+
+
+def illegal(run: Row[Any], wanted: str) -> IllegalTransitionError:
+    """Return the error that says what a run cannot be, and what can be done instead."""
+    allowed = {RunState.FAILED: "retry", RunState.SUCCEEDED: "run again", RunState.CANCELED: "run again"}
+    return IllegalTransitionError(
+        f"run {run.id} is {run.state}: it cannot be {wanted}; allowed: {allowed.get(RunState(run.state), 'cancel')}"
+    )
+
+
+def backoff(longest: float) -> ColumnElement[Any]:
+    """Seconds until a run that was woken so often is woken again."""
+    return func.least(longest, SILENCE * func.power(2, func.least(runs.c.wakes, 10)))
+
+
+def anything_pending(run_id: UUID) -> ColumnElement[bool]:
+    """Whether a dispatch of a run is still to be published."""
+    return exists().where(dispatches.c.run_id == run_id, dispatches.c.state == DispatchState.PENDING)
+
+
+def complete_crawl(connection: Connection, run_id: UUID) -> Row[Any] | None:
+    """End a crawl run as succeeded if it has a plan and nothing of it is pending; return its row if this did it."""
+    planned = runs.c.materialized_at.is_not(None)
+    return end(connection, run_id, RunState.SUCCEEDED, None, None, planned, ~anything_pending(run_id))
+
+
+def lock_key(schema: str, purpose: str) -> ColumnElement[int]:
+    """Return the key of an advisory lock; two ledgers in one database (two schemas) must not wait for each other."""
+    return func.hashtextextended(f"orchestrator:{schema}:{purpose}", 0)

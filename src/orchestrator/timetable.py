@@ -1,0 +1,210 @@
+"""What crawl tasks' schedules mean, when they fire next, and what becomes of slots that have come.
+
+Pure: the moment is always given. The rules are promise 3 of the design: a slot claimed over 60 s late was missed, and
+its misfire policy says what becomes of it; a slot of a task whose run is unfinished is for its overlap policy; every
+slot gets a record, long rows of missed ones a common one.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import Final, TypeVar
+
+from orchestrator.domain import (
+    DueSchedule,
+    Firing,
+    FiringOutcome,
+    FiringReason,
+    MisfirePolicy,
+    OverlapPolicy,
+    Reading,
+    ScheduleRow,
+)
+from orchestrator.errors import UnreadableScheduleError
+from orchestrator.schedule import parse, read_zone
+
+GRACE: Final = timedelta(seconds=60)
+"""A slot that is claimed later than this was missed."""
+SINGLY: Final = 100
+"""Missed slots that do not fire are recorded one by one up to so many a schedule; those before as one range."""
+AT_ONCE: Final = 1_000
+"""Slots of one schedule that fire in one claim at most; the rest stays due."""
+
+Settlement = tuple[list[Firing], datetime | None]
+"""What to record of a schedule's slots, in the order of time, and the first slot that is left."""
+
+_VERSION: Final = "1"  # of the reading; raised when the same text comes to mean something else
+_REMEMBERED: Final = 100_000
+_TICK: Final = timedelta(seconds=1)
+
+
+class Timetable:
+    """Reads schedules and settles slots by the settings' defaults.
+
+    Args:
+        misfire_policy: of tasks that name none.
+        overlap_policy: of tasks that name none.
+        catch_up_window: slots missed for longer never fire.
+        spread: seconds over which words without a time are spread; 0: none.
+    """
+
+    def __init__(
+        self,
+        misfire_policy: MisfirePolicy = MisfirePolicy.FIRE_ONCE,
+        overlap_policy: OverlapPolicy = OverlapPolicy.SKIP,
+        catch_up_window: timedelta = timedelta(days=1),
+        spread: int = 0,
+    ) -> None:
+        self._misfire_policy = misfire_policy
+        self._overlap_policy = overlap_policy
+        self._window = catch_up_window
+        self._spread = spread
+        # Of each (schedule, zone) the last answer: it holds for every moment from the one asked about up to itself.
+        self._answers: dict[tuple[str, str], tuple[datetime, datetime | None]] = {}
+
+    @property
+    def rules(self) -> str:
+        """Version and settings of the reading."""
+        return f"{_VERSION} spread={self._spread}"
+
+    def read(self, row: ScheduleRow, after: datetime) -> Reading:
+        """Return what a row means, with its first slot after a moment; one that cannot be read never fires."""
+        if row.text is None:
+            return Reading(row)
+        try:
+            schedule = parse(row.text).spread(row.task_id, self._spread)
+            read_zone(row.zone)
+            _policy("misfire_policy", row.misfire_policy, self._misfire_policy)
+            _policy("overlap_policy", row.overlap_policy, self._overlap_policy)
+        except UnreadableScheduleError as error:
+            return Reading(row, problem=str(error))
+        canonical = schedule.canonical
+        return Reading(row, canonical, None, self.next_after(canonical, row.zone, after) if row.active else None)
+
+    def next_after(self, canonical: str, zone: str, moment: datetime) -> datetime | None:
+        """Return the first slot after a moment; none when there is none within decades."""
+        asked, answer = self._answers.get((canonical, zone), (None, None))
+        if asked is not None and asked <= moment and (answer is None or moment < answer):
+            return answer
+        answer = parse(canonical).next_after(moment, read_zone(zone))
+        if len(self._answers) >= _REMEMBERED:
+            self._answers.clear()
+        self._answers[canonical, zone] = (moment, answer)
+        return answer
+
+    def slots(self, canonical: str, zone: str, first: datetime, until: datetime) -> Iterator[datetime]:
+        """Yield the slots from the first one to a moment, that included."""
+        slot: datetime | None = first
+        while slot is not None and slot <= until:
+            yield slot
+            slot = self.next_after(canonical, zone, slot)
+
+    def last_slot(self, canonical: str, zone: str, first: datetime, until: datetime) -> datetime:
+        """Return the last of the slots from the first one, which has come, to a moment."""
+        return self._latest(canonical, zone, first, until, 1)[-1]
+
+    def settle(self, schedule: DueSchedule, now: datetime, *, overlapping: bool) -> Settlement:
+        """Decide what becomes of the slots that have come.
+
+        Args:
+            schedule: its ``next_fire_at`` is not after ``now``.
+            now: the moment of the claim.
+            overlapping: a run of the task is unfinished.
+
+        Returns:
+            The slot that is left is after ``now``, or has come too where they are too many for one claim.
+        """
+        settled: list[Firing] = []
+        first: datetime | None = schedule.next_fire_at
+        horizon = now - self._window
+        if schedule.next_fire_at < horizon:
+            settled.append(self._range(schedule, schedule.next_fire_at, horizon - _TICK, FiringReason.OUTSIDE_WINDOW))
+            first = self.next_after(schedule.canonical, schedule.zone, horizon - _TICK)
+        if first is None or first > now:
+            return settled, first
+        misfires = _policy("misfire_policy", schedule.misfire_policy, self._misfire_policy)
+        if misfires is MisfirePolicy.ALL and not schedule.paused:
+            slots = list(islice(self.slots(schedule.canonical, schedule.zone, first, now), AT_ONCE))
+        else:
+            slots = self._latest(schedule.canonical, schedule.zone, first, now, SINGLY)
+            if slots[0] > first:
+                settled.append(self._range(schedule, first, slots[0] - _TICK, _WHY_MISSED[misfires]))
+        settled += self._settle_singly(schedule, slots, now, misfires, overlapping=overlapping)
+        return settled, self.next_after(schedule.canonical, schedule.zone, slots[-1])
+
+    def _settle_singly(
+        self,
+        schedule: DueSchedule,
+        slots: Sequence[datetime],
+        now: datetime,
+        misfires: MisfirePolicy,
+        *,
+        overlapping: bool,
+    ) -> Iterator[Firing]:
+        may_overlap = _policy("overlap_policy", schedule.overlap_policy, self._overlap_policy) is OverlapPolicy.ALLOW
+        latest_missed = max((slot for slot in slots if now - slot > GRACE), default=None)
+        for slot in slots:
+            missed = now - slot > GRACE
+            if _is_paused(schedule, slot):
+                yield _passed(schedule, slot, FiringReason.PAUSED)
+            elif missed and not (
+                misfires is MisfirePolicy.ALL or (misfires is MisfirePolicy.FIRE_ONCE and slot == latest_missed)
+            ):
+                yield _passed(schedule, slot, _WHY_MISSED[misfires])
+            elif overlapping and not may_overlap:
+                yield _passed(schedule, slot, FiringReason.OVERLAP)
+            else:
+                overlapping = True
+                reason = FiringReason.CAUGHT_UP if missed else None
+                yield Firing(schedule.task_id, slot, FiringOutcome.STARTED, reason)
+
+    def _range(self, schedule: DueSchedule, first: datetime, until: datetime, reason: FiringReason) -> Firing:
+        """One record for all slots from the first one to a moment."""
+        last = self.last_slot(schedule.canonical, schedule.zone, first, until)
+        if _is_paused(schedule, last):
+            reason = FiringReason.PAUSED
+        return _passed(schedule, first, reason, through=None if last == first else last)
+
+    def _latest(self, canonical: str, zone: str, first: datetime, until: datetime, most: int) -> list[datetime]:
+        """Return the latest slots from the first one, which has come, to a moment: at most so many."""
+        back = GRACE
+        while True:
+            start = until - back
+            # Backwards in strides, for there may be a million slots from the first one on.
+            begin = first if start <= first else self.next_after(canonical, zone, start)
+            slots: deque[datetime] = deque(maxlen=most)
+            if begin is not None:
+                slots.extend(self.slots(canonical, zone, begin, until))
+            if len(slots) == most or start <= first:
+                return list(slots)
+            back *= 2
+
+
+_WHY_MISSED: Final = {
+    MisfirePolicy.FIRE_ONCE: FiringReason.SUPERSEDED,
+    MisfirePolicy.SKIP: FiringReason.TOO_LATE,
+    MisfirePolicy.ALL: FiringReason.PAUSED,  # nothing else keeps one of these from firing
+}
+_SKIPPING: Final = frozenset({FiringReason.PAUSED, FiringReason.OVERLAP})
+_P = TypeVar("_P", MisfirePolicy, OverlapPolicy)
+
+
+def _policy(name: str, text: str | None, default: _P) -> _P:
+    if text is None:
+        return default
+    policies = type(default)
+    try:
+        return policies(text.lower())
+    except ValueError:
+        known = ", ".join(each.value for each in policies)
+        raise UnreadableScheduleError(f"{name} {text[:50]!r} is none of {known}") from None
+
+
+def _is_paused(schedule: DueSchedule, slot: datetime) -> bool:
+    return schedule.paused or (schedule.resumed_at is not None and slot < schedule.resumed_at)
+
+
+def _passed(schedule: DueSchedule, slot: datetime, reason: FiringReason, through: datetime | None = None) -> Firing:
+    outcome = FiringOutcome.SKIPPED if reason in _SKIPPING else FiringOutcome.MISSED
+    return Firing(schedule.task_id, slot, outcome, reason, through)
