@@ -6,7 +6,7 @@ Pure: no clock, no input or output, no settings.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import sha1
 from typing import Final, Literal
@@ -19,6 +19,8 @@ APP_ID: Final = "orchestrator"
 MAX_BIGINT: Final = 2**63 - 1
 MAX_THEME_LENGTH: Final = 255
 MAX_SCHEDULE_LENGTH: Final = 200
+GRACE: Final = timedelta(seconds=60)
+"""A slot that is claimed later than this was missed."""
 
 # Namespace of run ids made from Celery ids that are no UUIDs; fixed forever, for it is part of identity.
 _CELERY_ID_NAMESPACE: Final = UUID("6f1d7ad4-3a0b-5c52-9d3c-6a7b0f0c8e11")

@@ -111,7 +111,7 @@ class FiringEngine:
         """Look less often where it takes long: the table may be large, and have no index on ``updated_at``."""
         match look.kind:
             case "updates":
-                self._look_every = max(LOOK, took / SHARE)
+                self._look_every = min(max(LOOK, took / SHARE), SWEEP)
             case "sweep":
                 self._sweeping += took
                 if not look.more:
@@ -130,7 +130,8 @@ class FiringEngine:
                 return LONGEST_SLEEP if due_in is None else min(due_in, LONGEST_SLEEP)
             if self._is_held_back():
                 return LONGEST_SLEEP
-            if not self._claim_some():
+            on_time, late = self._claim_some(late=False), self._claim_some(late=True)
+            if not (on_time or late):
                 return _OTHERS_TURN
         return 0.0
 
@@ -142,11 +143,11 @@ class FiringEngine:
         self._held_back = held_back
         return held_back
 
-    def _claim_some(self) -> bool:
+    def _claim_some(self, *, late: bool) -> bool:
         """Claim a batch; return whether there was anything that others had not taken."""
         counts: Counter[FiringOutcome] = Counter()
         latest = 0.0
-        with self._ledger.schedules.claim(self._timetable, limit=_SCHEDULES, by=self._node) as claim:
+        with self._ledger.schedules.claim(self._timetable, late=late, limit=_SCHEDULES, by=self._node) as claim:
             for schedule in claim.due:
                 try:
                     overlapping = schedule.task_id in claim.overlapping

@@ -6,12 +6,13 @@ slot gets a record, long rows of missed ones a common one.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Final, TypeVar
 
 from orchestrator.domain import (
+    GRACE,
     DueSchedule,
     Firing,
     FiringOutcome,
@@ -24,8 +25,6 @@ from orchestrator.domain import (
 from orchestrator.errors import UnreadableScheduleError
 from orchestrator.schedule import parse, read_zone
 
-GRACE: Final = timedelta(seconds=60)
-"""A slot that is claimed later than this was missed."""
 SINGLY: Final = 100
 """Missed slots that do not fire are recorded one by one up to so many a schedule; those before as one range."""
 AT_ONCE: Final = 1_000
@@ -36,7 +35,7 @@ Settlement = tuple[list[Firing], datetime | None]
 
 _VERSION: Final = "1"  # of the reading; raised when the same text comes to mean something else
 _REMEMBERED: Final = 100_000
-_TICK: Final = timedelta(seconds=1)
+_TICK: Final = timedelta(microseconds=1)
 
 
 class Timetable:
@@ -117,54 +116,50 @@ class Timetable:
         """
         settled: list[Firing] = []
         first: datetime | None = schedule.next_fire_at
-        horizon = now - self._window
-        if schedule.next_fire_at < horizon:
-            settled.append(self._range(schedule, schedule.next_fire_at, horizon - _TICK, FiringReason.OUTSIDE_WINDOW))
-            first = self.next_after(schedule.canonical, schedule.zone, horizon - _TICK)
+        for until, reason in self._not_to_fire(schedule, now):
+            if first is not None and first <= until:
+                settled += self._pass_over(schedule, first, until, reason)
+                first = self.next_after(schedule.canonical, schedule.zone, until)
         if first is None or first > now:
             return settled, first
-        misfires = _policy("misfire_policy", schedule.misfire_policy, self._misfire_policy)
-        if misfires is MisfirePolicy.ALL and not schedule.paused:
-            slots = list(islice(self.slots(schedule.canonical, schedule.zone, first, now), AT_ONCE))
-        else:
-            slots = self._latest(schedule.canonical, schedule.zone, first, now, SINGLY)
-            if slots[0] > first:
-                settled.append(self._range(schedule, first, slots[0] - _TICK, _WHY_MISSED[misfires]))
-        settled += self._settle_singly(schedule, slots, now, misfires, overlapping=overlapping)
-        return settled, self.next_after(schedule.canonical, schedule.zone, slots[-1])
-
-    def _settle_singly(
-        self,
-        schedule: DueSchedule,
-        slots: Sequence[datetime],
-        now: datetime,
-        misfires: MisfirePolicy,
-        *,
-        overlapping: bool,
-    ) -> Iterator[Firing]:
         may_overlap = _policy("overlap_policy", schedule.overlap_policy, self._overlap_policy) is OverlapPolicy.ALLOW
-        latest_missed = max((slot for slot in slots if now - slot > GRACE), default=None)
+        slots = list(islice(self.slots(schedule.canonical, schedule.zone, first, now), AT_ONCE))
         for slot in slots:
-            missed = now - slot > GRACE
-            if _is_paused(schedule, slot):
-                yield _passed(schedule, slot, FiringReason.PAUSED)
-            elif missed and not (
-                misfires is MisfirePolicy.ALL or (misfires is MisfirePolicy.FIRE_ONCE and slot == latest_missed)
-            ):
-                yield _passed(schedule, slot, _WHY_MISSED[misfires])
-            elif overlapping and not may_overlap:
-                yield _passed(schedule, slot, FiringReason.OVERLAP)
+            if overlapping and not may_overlap:
+                settled.append(_passed(schedule, slot, FiringReason.OVERLAP))
             else:
                 overlapping = True
-                reason = FiringReason.CAUGHT_UP if missed else None
-                yield Firing(schedule.task_id, slot, FiringOutcome.STARTED, reason)
+                late = FiringReason.CAUGHT_UP if now - slot > GRACE else None
+                settled.append(Firing(schedule.task_id, slot, FiringOutcome.STARTED, late))
+        return settled, self.next_after(schedule.canonical, schedule.zone, slots[-1])
 
-    def _range(self, schedule: DueSchedule, first: datetime, until: datetime, reason: FiringReason) -> Firing:
-        """One record for all slots from the first one to a moment."""
-        last = self.last_slot(schedule.canonical, schedule.zone, first, until)
-        if _is_paused(schedule, last):
-            reason = FiringReason.PAUSED
-        return _passed(schedule, first, reason, through=None if last == first else last)
+    def _not_to_fire(self, schedule: DueSchedule, now: datetime) -> Iterator[tuple[datetime, FiringReason]]:
+        """Yield up to which moment slots do not fire, and why: the first reason that covers a slot is its own."""
+        if schedule.paused:
+            yield now, FiringReason.PAUSED
+        elif schedule.resumed_at is not None:
+            yield min(schedule.resumed_at - _TICK, now), FiringReason.PAUSED
+        yield now - self._window - _TICK, FiringReason.OUTSIDE_WINDOW
+        missed = now - GRACE - _TICK
+        policy = _policy("misfire_policy", schedule.misfire_policy, self._misfire_policy)
+        if policy is MisfirePolicy.SKIP:
+            yield missed, FiringReason.TOO_LATE
+        elif policy is MisfirePolicy.FIRE_ONCE and schedule.next_fire_at <= missed:
+            latest = self.last_slot(schedule.canonical, schedule.zone, schedule.next_fire_at, missed)
+            yield latest - _TICK, FiringReason.SUPERSEDED
+
+    def _pass_over(
+        self, schedule: DueSchedule, first: datetime, until: datetime, reason: FiringReason
+    ) -> Iterator[Firing]:
+        """Record the slots from the first one to a moment: the latest one by one, those before as a range."""
+        canonical, zone = schedule.canonical, schedule.zone
+        # What is out of reach for good is told in one row.
+        lately = [] if reason is FiringReason.OUTSIDE_WINDOW else self._latest(canonical, zone, first, until, SINGLY)
+        if not lately or first < lately[0]:
+            last = self.last_slot(canonical, zone, first, lately[0] - _TICK if lately else until)
+            yield _passed(schedule, first, reason, through=None if last == first else last)
+        for slot in lately:
+            yield _passed(schedule, slot, reason)
 
     def _latest(self, canonical: str, zone: str, first: datetime, until: datetime, most: int) -> list[datetime]:
         """Return the latest slots from the first one, which has come, to a moment: at most so many."""
@@ -181,11 +176,6 @@ class Timetable:
             back *= 2
 
 
-_WHY_MISSED: Final = {
-    MisfirePolicy.FIRE_ONCE: FiringReason.SUPERSEDED,
-    MisfirePolicy.SKIP: FiringReason.TOO_LATE,
-    MisfirePolicy.ALL: FiringReason.PAUSED,  # nothing else keeps one of these from firing
-}
 _SKIPPING: Final = frozenset({FiringReason.PAUSED, FiringReason.OVERLAP})
 _P = TypeVar("_P", MisfirePolicy, OverlapPolicy)
 
@@ -199,10 +189,6 @@ def _policy(name: str, text: str | None, default: _P) -> _P:
     except ValueError:
         known = ", ".join(each.value for each in policies)
         raise UnreadableScheduleError(f"{name} {text[:50]!r} is none of {known}") from None
-
-
-def _is_paused(schedule: DueSchedule, slot: datetime) -> bool:
-    return schedule.paused or (schedule.resumed_at is not None and slot < schedule.resumed_at)
 
 
 def _passed(schedule: DueSchedule, slot: datetime, reason: FiringReason, through: datetime | None = None) -> Firing:

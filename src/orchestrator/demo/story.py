@@ -275,9 +275,7 @@ class Story:
             )
         runs = [run_id for firing in self._firings() if (run_id := firing.run_id) is not None]
         self._stage.until(lambda: all(map(self._over, runs)), within=_PATIENCE, what="the runs of its slots are over")
-        self._voice.say(
-            f"{before} is back, and {len(runs)} runs of slots are over; a slot's run has one possible id"
-        )
+        self._voice.say(f"{before} is back, and {len(runs)} runs of slots are over; a slot's run has one possible id")
         return runs
 
     def _nothing_is_lost(self, run_id: UUID, killed_at: float) -> None:

@@ -10,7 +10,7 @@ Deliberately unknown here: what a schedule's text means, and which slots fire; a
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, Protocol
 from uuid import UUID
 
@@ -31,6 +31,7 @@ from sqlalchemy import (
     cast,
     column,
     delete,
+    exists,
     func,
     insert,
     literal,
@@ -46,6 +47,7 @@ from sqlalchemy.types import TypeEngine
 from orchestrator.catalog import Catalog, ScheduleSource, mismatch_explained
 from orchestrator.db import Database
 from orchestrator.domain import (
+    GRACE,
     MAX_BIGINT,
     CrawlArguments,
     DueSchedule,
@@ -60,7 +62,7 @@ from orchestrator.domain import (
     WakeUp,
     slot_run_id,
 )
-from orchestrator.errors import IllegalTransitionError, ScheduleNotFoundError
+from orchestrator.errors import IllegalTransitionError, ScheduleNotFoundError, UnreadableScheduleError
 from orchestrator.ledger.transitions import ENQUEUE_GRACE, SILENCE, from_now
 from orchestrator.schema import (
     audit_events,
@@ -83,6 +85,7 @@ OVERLAP: Final = timedelta(seconds=60)
 _SHOWN: Final = 20  # problems that are logged of one look; `orchestrator schedules` has them all
 _log = logger(__name__)
 _MOMENT: Final = TIMESTAMP(timezone=True)
+_LONG_AGO: Final = datetime(1, 1, 1, tzinfo=UTC)
 Clock = Callable[[Connection], datetime]
 
 
@@ -229,7 +232,7 @@ class ScheduleLedger:
         theirs = source.rows
         # Compared first, so that what has been read costs no more than the comparison.
         rows = connection.execute(
-            select(theirs, schedules.c.task_id.label("known"))
+            select(*_said(theirs), schedules.c.task_id.label("known"))
             .select_from(theirs.outerjoin(schedules, schedules.c.task_id == theirs.c.task_id))
             .where(theirs.c.updated_at >= min(since or now, now) - OVERLAP, _differs(theirs, schedules, reader))
             .limit(CHUNK)
@@ -256,7 +259,7 @@ class ScheduleLedger:
             select(schedules).where(schedules.c.task_id > after, schedules.c.task_id <= (upto or MAX_BIGINT)).subquery()
         )
         rows = connection.execute(
-            select(theirs, ours.c.task_id.label("known"))
+            select(*_said(theirs), ours.c.task_id.label("known"))
             .select_from(theirs.join(ours, theirs.c.task_id == ours.c.task_id, full=True))
             .where(_differs(theirs, ours, reader))
         ).all()
@@ -265,7 +268,7 @@ class ScheduleLedger:
         return upto is not None
 
     def _read_again(
-        self, connection: Connection, source: ScheduleSource, reader: Reader, rows: Sequence[Row[Any]], by: str
+        self, connection: Connection, source: ScheduleSource, reader: Reader, rows: Sequence[Any], by: str
     ) -> None:
         """Read what differs: new rows, where ``known`` is null, and those that were changed or deleted."""
         new = [_schedule_row(row) for row in rows if row.known is None]
@@ -289,7 +292,7 @@ class ScheduleLedger:
         """Return the application's rows of locked schedules where they differ from our reading, and that beside."""
         theirs = source.rows
         return connection.execute(
-            select(theirs, *(each.label(f"our_{each.name}") for each in schedules.c))
+            select(*_said(theirs), *(each.label(f"our_{each.name}") for each in schedules.c))
             .select_from(schedules.outerjoin(theirs, theirs.c.task_id == schedules.c.task_id))
             .where(schedules.c.task_id == func.any(bindparam("ids", type_=_IDS)), _differs(theirs, schedules, reader)),
             {"ids": locked},
@@ -345,7 +348,7 @@ class ScheduleLedger:
             return connection.execute(_BACKLOG, {"state": RunState.QUEUED, "limit": limit}).scalar_one()
 
     @contextmanager
-    def claim(self, reader: Reader, *, limit: int, by: str) -> Iterator[Claim]:
+    def claim(self, reader: Reader, *, late: bool, limit: int, by: str) -> Iterator[Claim]:
         """Take schedules that are due, for the block to settle; commit slots, runs and next slots at its end.
 
         Any number of processes may claim at the same time: each takes what no other has. A schedule that was edited
@@ -353,12 +356,15 @@ class ScheduleLedger:
 
         Args:
             reader: what rows mean.
+            late: take those whose slots were missed, else those that are on time; the ones must not hold up the others.
             limit: schedules to take at most.
             by: who claims.
         """
         with self._database.transaction() as connection:
             now = self._clock(connection)
-            taken = {row.task_id: row for row in connection.execute(_TAKE, {"now": now, "limit": limit})}
+            after, until = (_LONG_AGO, now - GRACE) if late else (now - GRACE, now)
+            rows = connection.execute(_TAKE, {"after": after, "until": until, "limit": limit})
+            taken = {row.task_id: row for row in rows}
             claim = self._claim(connection, taken, reader, now, by) if taken else Claim(now)
             yield claim
             claim.unsent = _commit(connection, claim, by)
@@ -372,7 +378,7 @@ class ScheduleLedger:
         reworded = self._reread(connection, edited, reader, by)
         for row in edited:
             if row.our_task_id not in reworded:
-                del taken[row.our_task_id]
+                taken.pop(row.our_task_id, None)  # a view may have an id twice
         paused = {row.task_id: row for row in connection.execute(_PAUSES, {"ids": ids})}
         overlapping = frozenset(connection.scalars(_OVERLAPPING, {"ids": ids}))
         due = [_due(row, reworded.get(task_id), paused.get(task_id)) for task_id, row in taken.items()]
@@ -435,7 +441,7 @@ class ScheduleLedger:
         Raises:
             ScheduleNotFoundError: no such crawl task has been noticed.
         """
-        wanted = [Firing(task_id, slot, FiringOutcome.STARTED, FiringReason.BACKFILL) for slot in slots]
+        wanted = [Firing(task_id, slot, FiringOutcome.STARTED, FiringReason.BACKFILL) for slot in dict.fromkeys(slots)]
         with self._database.transaction() as connection:
             _require(connection, task_id)
             now = self._clock(connection)
@@ -480,6 +486,11 @@ def _differs(theirs: FromClause, ours: FromClause, reader: Reader) -> ColumnElem
     said: ColumnElement[Any] = tuple_(*(theirs.c[name] for name in _COMPARED), literal(reader.rules, Text))
     read: ColumnElement[Any] = tuple_(*(ours.c[name] for name in _COMPARED), ours.c.rules)
     return or_(theirs.c.task_id.is_(None), ours.c.task_id.is_(None), said.is_distinct_from(read))
+
+
+def _said(theirs: FromClause) -> list[ColumnElement[Any]]:
+    """What a reading is made of; not ``updated_at``, which may be beyond what Python can hold."""
+    return [theirs.c[name] for name in ("task_id", *_COMPARED)]
 
 
 _READINGS: Final = _given(
@@ -540,7 +551,10 @@ _BACKLOG: Final = select(func.count()).select_from(
 )
 _TAKE: Final = (
     select(schedules)
-    .where(schedules.c.next_fire_at <= bindparam("now", type_=_MOMENT))
+    .where(
+        schedules.c.next_fire_at > bindparam("after", type_=_MOMENT),
+        schedules.c.next_fire_at <= bindparam("until", type_=_MOMENT),
+    )
     .order_by(schedules.c.next_fire_at)
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True, key_share=True)
@@ -552,6 +566,9 @@ _OVERLAPPING: Final = (
     .where(runs.c.task_id == func.any(bindparam("ids", type_=_IDS)), runs.c.finished_at.is_(None))
 )
 
+_AFTER_A_SLOT: Final = timedelta(microseconds=1)
+"""Where the rest of a range begins: slots are whole seconds, so that none can begin there."""
+
 _SLOTS: Final = _given(
     task_id=BigInteger(),
     scheduled_for=_MOMENT,
@@ -560,9 +577,19 @@ _SLOTS: Final = _given(
     reason=Text(),
     run_id=Uuid(),
 )
+_RECORDED: Final = exists().where(
+    firings.c.task_id == _SLOTS.c.task_id, firings.c.scheduled_for == _SLOTS.c.scheduled_for
+)
+_BEGIN: Final = case(
+    (_SLOTS.c.through.is_not(None) & _RECORDED, _SLOTS.c.scheduled_for + _AFTER_A_SLOT), else_=_SLOTS.c.scheduled_for
+)
 _FIRING: Final = upsert(firings).from_select(
     [*(each.name for each in _SLOTS.c), "claimed_at", "claimed_by"],
-    select(*_SLOTS.c, bindparam("now", type_=_MOMENT), bindparam("by", type_=Text)),
+    select(
+        *(_BEGIN.label("scheduled_for") if each.name == "scheduled_for" else each for each in _SLOTS.c),
+        bindparam("now", type_=_MOMENT),
+        bindparam("by", type_=Text),
+    ),
 )
 
 
@@ -615,7 +642,7 @@ _CUT_RANGES: Final = (
         [each.name for each in firings.c],
         select(
             *(
-                firings.c.scheduled_for + timedelta(seconds=1) if each is firings.c.scheduled_for else each
+                firings.c.scheduled_for + _AFTER_A_SLOT if each is firings.c.scheduled_for else each
                 for each in firings.c
             )
         ).where(
@@ -683,7 +710,10 @@ def _unclaimed(row: Row[Any], reading: Reading | None, reader: Reader, now: date
     else:
         reason = FiringReason.EDITED
     first = row.our_next_fire_at
-    last = reader.last_slot(row.our_canonical, row.our_zone, first, now)
+    try:
+        last = reader.last_slot(row.our_canonical, row.our_zone, first, now)
+    except UnreadableScheduleError:  # its zone has left the system's database
+        last = first
     through = None if last == first else last
     return Firing(row.our_task_id, first, FiringOutcome.SKIPPED, reason, through)
 
@@ -742,13 +772,15 @@ def _commit(connection: Connection, claim: Claim, by: str) -> Unsent:
     if advances:
         connection.execute(_ADVANCE, {"task_ids": list(advances), "next_fire_ats": list(advances.values())})
     for task_id, problem in problems.items():
-        values = {"problem": problem, "canonical": None, "next_fire_at": None}
+        # Without rules, so that the next sweep reads it again: another beat may know better.
+        values = {"problem": problem, "canonical": None, "next_fire_at": None, "rules": ""}
         connection.execute(update(schedules).where(schedules.c.task_id == task_id).values(values))
     return unsent
 
 
 def _require(connection: Connection, task_id: int) -> None:
-    if connection.scalar(select(schedules.c.task_id).where(schedules.c.task_id == task_id)) is None:
+    found = select(schedules.c.task_id).where(schedules.c.task_id == task_id).with_for_update(key_share=True)
+    if connection.scalar(found) is None:
         raise ScheduleNotFoundError(
             f"the scheduler knows no crawl task {task_id}: there is no such row, or no beat has seen it yet"
         )
