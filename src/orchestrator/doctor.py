@@ -29,7 +29,9 @@ from orchestrator import bootstrap, migrations
 from orchestrator.bootstrap import Services
 from orchestrator.catalog import mismatch_explained
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, app
+from orchestrator.domain import ScheduleState
 from orchestrator.errors import OrchestratorError
+from orchestrator.insights import ALIVE_WITHIN, NodeView
 from orchestrator.schema import metadata
 from orchestrator.settings import PREFIX, CrawlConfigsMapping, CrawlTasksMapping, Settings
 
@@ -79,16 +81,26 @@ def diagnose(services: Services) -> list[Finding]:
 
 
 def beats(services: Services) -> Finding:
-    """Tell whether a beat ticked lately, for health checks.
+    """Tell whether a beat ticked lately, and could do its work, for health checks.
 
     Raises:
         DatabaseUnavailableError: nobody can know.
     """
     bootstrap.home.open()
-    alive = [node.name for node in services.insights.nodes() if node.kind == "beat" and node.alive]
-    if alive:
-        return Finding("beat", Status.OK, f"alive: {_some(alive)}")
-    return Finding("beat", Status.FAIL, "no beat ticked lately", "start one: `orchestrator beat`")
+    alive = [node for node in services.insights.nodes() if node.kind == "beat" and node.alive]
+    if not alive:
+        detail = f"no beat ticked within {ALIVE_WITHIN:.0f} s"
+        return Finding("beat", Status.FAIL, detail, "start one: `orchestrator beat`")
+    if all(node.problem for node in alive):
+        return Finding("beat", Status.FAIL, f"no slot is claimed: {_problems(alive)}", _BEATS_REMEDY)
+    return Finding("beat", Status.OK, f"alive: {_some([node.name for node in alive])}")
+
+
+_BEATS_REMEDY: Final = "correct what it says; `orchestrator doctor` checks the rest"
+
+
+def _problems(nodes: Sequence[NodeView]) -> str:
+    return _some([f"{node.name}: {node.problem}" for node in nodes if node.problem], "; ")
 
 
 class _Examination:
@@ -289,6 +301,8 @@ def _nodes(services: Services) -> Iterator[Finding]:
         else:
             remedy = f"start one: `orchestrator {kind}`, or both: `orchestrator up`"
             yield Finding(f"{kind}s", Status.WARN, f"no {kind} is alive: {consequence}", remedy)
+    if troubled := [node for node in alive if node.problem]:
+        yield Finding("beats", Status.WARN, _problems(troubled), _BEATS_REMEDY)
     consumed = {queue for node in alive for queue in node.queues}
     for queue in (ANALYSIS_QUEUE, CRAWL_QUEUE):
         if consumed and queue not in consumed:
@@ -296,9 +310,22 @@ def _nodes(services: Services) -> Iterator[Finding]:
             yield Finding("workers", Status.WARN, f"no living worker consumes {queue}", remedy)
 
 
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _SUGGESTIONS
-    return ", ".join(names[:_SUGGESTIONS]) + (f" and {rest} more" if rest > 0 else "")
+def _schedules(services: Services) -> Iterator[Finding]:
+    count = services.insights.invalid()
+    if not count:
+        yield Finding("schedules", Status.OK, "every schedule that was noticed can be read")
+        return
+    first = services.insights.schedules(limit=_SUGGESTIONS, state=ScheduleState.INVALID)
+    sentences = "; ".join(f"crawl task {each.task_id}: {each.problem}" for each in first)
+    which = f", the first {len(first)} of them" if count > len(first) else ""
+    detail = f"{count} schedule{'' if count == 1 else 's'} cannot be read and will not fire{which}: {sentences}"
+    remedy = "correct them; `orchestrator schedules --state invalid` lists all, `orchestrator schedule preview` tries"
+    yield Finding("schedules", Status.WARN, detail, remedy)
+
+
+def _some(words: Sequence[str], separator: str = ", ") -> str:
+    rest = len(words) - _SUGGESTIONS
+    return separator.join(words[:_SUGGESTIONS]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # --- The application's tables ------------------------------------------------------------------------------------
@@ -308,6 +335,8 @@ _LISTS: Final = frozenset({"smallint[]", "integer[]", "bigint[]", "json", "jsonb
 _TEXTS: Final = frozenset({"text", "character varying", "character"})
 _MOMENTS: Final = frozenset({"timestamp without time zone", "timestamp with time zone"})
 _BOOLEANS: Final = frozenset({"boolean"})
+_INDEXABLE: Final = frozenset({"r", "p", "m"})  # tables, partitioned ones, materialised views
+_LARGE: Final = 100_000  # rows, above which a look for edits takes long without an index
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,17 +380,18 @@ def _configs_contract(mapping: CrawlConfigsMapping) -> _Contract:
 
 @dataclass(frozen=True, slots=True)
 class _MappedTable:
-    """A table of the application as it is."""
+    """A table of the application as it is; how many rows it has is PostgreSQL's guess."""
 
     oid: int
     relkind: str
+    rows: float
     writable: bool
     columns: dict[str, tuple[str, bool]] = field(default_factory=dict)
     """Type and right to read, by name."""
 
 
 _TABLE: Final = """
-SELECT oid, relkind, has_table_privilege(oid, 'INSERT, UPDATE, DELETE, TRUNCATE')
+SELECT oid, relkind, reltuples, has_table_privilege(oid, 'INSERT, UPDATE, DELETE, TRUNCATE')
        AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS writable
 FROM pg_class
 WHERE oid = to_regclass(CASE WHEN %(schema)s::text IS NULL THEN '' ELSE quote_ident(%(schema)s) || '.' END
@@ -428,6 +458,8 @@ def _mapped_table(
         yield Finding(contract.section, Status.WARN, detail, "use a role that may only SELECT from it")
     if isinstance(mapping, CrawlConfigsMapping):
         yield from _index(connection, mapping, table)
+    else:
+        yield from _noticing(connection, contract, mapping, table)
 
 
 def _read_table(connection: Connection, schema: str | None, name: str) -> _MappedTable | None:
@@ -436,7 +468,11 @@ def _read_table(connection: Connection, schema: str | None, name: str) -> _Mappe
         return None
     columns = connection.exec_driver_sql(_COLUMNS, {"oid": row.oid})
     return _MappedTable(
-        row.oid, row.relkind, row.writable, {each.attname: (each.kind, each.readable) for each in columns}
+        row.oid,
+        row.relkind,
+        row.reltuples,
+        row.writable,
+        {each.attname: (each.kind, each.readable) for each in columns},
     )
 
 
@@ -496,12 +532,37 @@ def _no_such_column(
 
 def _index(connection: Connection, mapping: CrawlConfigsMapping, table: _MappedTable) -> Iterator[Finding]:
     column = mapping.data_source_id
-    if table.relkind not in {"r", "p", "m"} or column not in table.columns:
+    if table.relkind not in _INDEXABLE or column not in table.columns:
         return
     if not connection.exec_driver_sql(_INDEXED, {"oid": table.oid, "column": column}).scalar_one():
         detail = f"{mapping.table} has no index that begins with {column}: every run reads the whole table"
         remedy = f"CREATE INDEX CONCURRENTLY ON {mapping.table} ({column})"
         yield Finding("crawl_configs", Status.WARN, detail, remedy)
+
+
+def _noticing(
+    connection: Connection, contract: _Contract, mapping: CrawlTasksMapping, table: _MappedTable
+) -> Iterator[Finding]:
+    """Say what makes edits of schedules be noticed late."""
+    column = mapping.updated_at
+    if column not in table.columns:
+        detail = (
+            f"{mapping.table} has no column {column}: an edit of a schedule is noticed within a minute, not at once"
+        )
+        remedy = (
+            f"set {contract.variable('updated_at')} to the column that says when a row was changed last, or add one"
+        )
+        yield Finding(contract.section, Status.WARN, detail, remedy)
+    elif (
+        table.relkind in _INDEXABLE
+        and table.rows > _LARGE
+        and not connection.exec_driver_sql(_INDEXED, {"oid": table.oid, "column": column}).scalar_one()
+    ):
+        detail = (
+            f"{mapping.table} has about {table.rows:.0f} rows and no index on {column}: edits are noticed less often"
+        )
+        remedy = f"CREATE INDEX CONCURRENTLY ON {mapping.table} ({column})"
+        yield Finding(contract.section, Status.WARN, detail, remedy)
 
 
 def _plan(services: Services) -> Finding:
@@ -534,6 +595,7 @@ _DATABASE_CHECKS: Final[dict[str, Callable[[Services], Iterator[Finding]]]] = {
     "rights": _rights,
     "catalog": _catalog,
     "nodes": _nodes,
+    "schedules": _schedules,
 }
 
 

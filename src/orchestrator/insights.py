@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import FromClause, Row, Select, and_, exists, func, literal, null, or_, select, true, union_all
+from sqlalchemy import FromClause, Row, Select, and_, column, exists, func, literal, null, or_, select, true, union_all
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from orchestrator.db import Database
@@ -350,21 +350,22 @@ class Insights:
             until: the last slot.
         """
         statement = select(*_FIRING_COLUMNS).order_by(*_NEWEST_FIRST).limit(limit)
-        conditions = (
-            (task_id, firings.c.task_id == task_id),
-            (outcome, firings.c.outcome == outcome),
-            (since, firings.c.scheduled_for >= since),
-            (until, firings.c.scheduled_for <= until),
-        )
-        for value, condition in conditions:
-            if value is not None:
-                statement = statement.where(condition)
+        if task_id is not None:
+            statement = statement.where(firings.c.task_id == task_id)
+        if outcome is not None:
+            statement = statement.where(firings.c.outcome == outcome)
+        if since is not None:
+            statement = statement.where(firings.c.scheduled_for >= since)
+        if until is not None:
+            statement = statement.where(firings.c.scheduled_for <= until)
         with self._database.transaction() as connection:
             return [_firing_view(row) for row in connection.execute(statement)]
 
     def became_of(self, task_id: int, slots: Sequence[datetime]) -> dict[datetime, FiringView]:
         """Return the record of each slot of a crawl task that has one, be it of its own or of a range."""
-        slot = func.unnest(literal(list(slots), ARRAY(TIMESTAMP(timezone=True)))).column_valued("slot")
+        moments = literal(list(slots), ARRAY(TIMESTAMP(timezone=True)))
+        wanted = func.unnest(moments).table_valued(column("slot", TIMESTAMP(timezone=True))).render_derived("wanted")
+        slot = wanted.c.slot
         # Slots are claimed in order, so a range ends before the next record; only backfills come in between.
         record = (
             select(*_FIRING_COLUMNS)
@@ -375,7 +376,7 @@ class Insights:
             .lateral("record")
         )
         with self._database.transaction() as connection:
-            rows = connection.execute(select(slot, record).join_from(slot, record, true()))
+            rows = connection.execute(select(wanted.c.slot, record).join_from(wanted, record, true()))
             found = {row.slot: _firing_view(row) for row in rows}
         return {slot: record for slot, record in found.items() if record.covers(slot)}
 

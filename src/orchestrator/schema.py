@@ -215,7 +215,12 @@ schedules: Final = Table(
     _moment("read_at", required=True, comment="since when this reading stands; it never fires for earlier slots"),
     CheckConstraint("next_fire_at IS NULL OR (active AND problem IS NULL AND canonical IS NOT NULL)", name="fires"),
     CheckConstraint("text IS NULL OR (canonical IS NULL) = (problem IS NOT NULL)", name="reading"),
-    Index("schedules_next_fire_at_idx", "next_fire_at", postgresql_where=text("next_fire_at IS NOT NULL")),
+    Index(
+        "schedules_next_fire_at_task_id_idx",
+        "next_fire_at",
+        "task_id",
+        postgresql_where=text("next_fire_at IS NOT NULL"),
+    ),
     Index("schedules_problem_idx", "task_id", postgresql_where=text("problem IS NOT NULL")),
 )
 

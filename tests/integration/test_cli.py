@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ import pytest
 
 from orchestrator import __version__
 from orchestrator.db import Database
-from orchestrator.domain import Node
+from orchestrator.domain import Node, slot_run_id
 from orchestrator.ledger.nodes import NodeLedger
 from orchestrator.schema import SCHEMA
 from tests.support.application import Application, migrated
+from tests.support.ledgers import Workbench
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Process, children_of, eventually, free_port, process_exists
+from tests.support.scheduling import Rota, at
 
 CANARY: Final = "canary-5ecret"
 _LIMIT: Final = 60.0
@@ -285,6 +288,179 @@ def test_a_run_id_must_be_meant(application: Application, shell: Shell) -> None:
     assert application.url
 
 
+# --- Schedules -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rota(application: Application) -> Iterator[Rota]:
+    """Beats at 12:00:30 of a past day, who have noticed crawl task 7, which fires daily, and 8, each ten minutes."""
+    bench = Workbench(application.url)
+    application.execute("ALTER TABLE crawl_tasks ADD timezone text")
+    rota = Rota(bench, at("12:00:30"))
+    rota.add(7, "每天 03:00", timezone="Asia/Shanghai", data_source_ids=[11])
+    rota.add(8, "every 10 minutes")
+    rota.go()
+    yield rota
+    bench.close()
+
+
+def test_a_preview_needs_nothing_at_all(bare: Shell, tmp_path: Path) -> None:
+    after = ["--zone", "Asia/Shanghai", "--count", "2", "--after", "2026-07-01 10:20:30"]
+    text = bare.succeed("schedule", "preview", "每天 03:00", *after).out
+    assert text.startswith("“每天 03:00” means 0 3 * * *, in Asia/Shanghai\n")
+    assert "Thu 2026-07-02 03:00:00 +0800   2026-07-01 19:00:00Z" in text
+
+    unconfigured = Shell(tmp_path, {"STATE_DIR": str(tmp_path / "state")})
+    assert unconfigured.succeed("schedule", "preview", "每天 03:00", *after, "--json").document == {
+        "text": "每天 03:00",
+        "canonical": "0 3 * * *",
+        "zone": "Asia/Shanghai",
+        "fires": [
+            {"at": "2026-07-01T19:00:00+00:00", "local": "2026-07-02T03:00:00+08:00"},
+            {"at": "2026-07-02T19:00:00+00:00", "local": "2026-07-03T03:00:00+08:00"},
+        ],
+    }
+    assert len(unconfigured.succeed("schedule", "preview", "@hourly", "--json").document["fires"]) == 5
+    assert not (tmp_path / "state").exists()
+    spread = bare.but(SCHEDULER__SPREAD="600").succeed("schedule", "preview", "daily")
+    assert "each crawl task moves it by some minutes of its own" in spread.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["schedule", "preview", "daily at 25:00"], 'cannot read "25:00" (character 10): hours go from 0 to 23'),
+        (["schedule", "preview", "daily", "--zone", "GMT+8"], "'GMT+8' is no IANA time zone"),
+        (["schedule", "preview", "daily", "--after", "tomorrow"], "'tomorrow' is no time; write for instance"),
+        (["schedule", "pause", "0"], "task_id must be between 1 and"),
+        (["schedules", "--task", "0"], "--task"),
+        (["schedules", "--state", "odd"], "odd"),
+        (["why", "7"], "--at"),
+    ],
+)
+def test_wrong_usage_of_schedules_is_explained_and_exits_2(bare: Shell, arguments: list[str], complaint: str) -> None:
+    result = bare(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert complaint in " ".join(result.err.replace("│", " ").split())
+
+
+def test_schedules_are_paused_resumed_and_listed_with_their_last_slot(rota: Rota, shell: Shell) -> None:
+    rota.go("19:00")
+    assert shell.succeed("schedule", "pause", "7", "--reason", "site down").out == (
+        "the schedule of crawl task 7 is paused\n"
+    )
+    again = shell("schedule", "pause", "7")
+    assert (again.code, again.err) == (1, "orchestrator: the schedule of crawl task 7 is paused; allowed: resume\n")
+
+    [view] = shell.succeed("schedules", "--state", "paused", "--json").document["schedules"]
+    assert (view["task_id"], view["state"], view["canonical"], view["zone"]) == (
+        7,
+        "paused",
+        "0 3 * * *",
+        "Asia/Shanghai",
+    )
+    assert view["paused_by"].startswith("cli:")
+    assert (view["last_firing"]["scheduled_for"], view["last_firing"]["outcome"]) == (
+        "2026-07-01T19:00:00+00:00",
+        "started",
+    )
+    table = shell.succeed("schedules").out
+    assert "每天 03:00" in table
+    assert "site down" in table
+
+    assert "is resumed; it fires next at 2026-07-02 19:00:00Z" in shell.succeed("schedule", "resume", "7").out
+    unknown = shell("schedule", "resume", "9")
+    assert unknown.code == 1
+    assert "the scheduler knows no crawl task 9" in unknown.err
+
+
+def test_a_schedule_is_triggered_as_a_run(shell: Shell) -> None:
+    run = shell.succeed("schedule", "trigger", "1", "--json").document["run"]
+    assert (run["task_id"], run["trigger"], run["scheduled_for"]) == (1, "cli", None)
+
+
+def test_a_scheduled_run_and_its_slot_are_explained(rota: Rota, shell: Shell) -> None:
+    rota.go("19:00:01")
+    run_id = str(slot_run_id(7, at("19:00")))
+
+    assert re.search(r"slot +2026-07-01 19:00:00Z", shell.succeed("show", run_id).out)
+    why = shell.succeed("why", "7", "--at", "2026-07-02 03:00", "--json").document
+    assert (why["verdict"], why["run_id"], why["at"]) == ("started", run_id, "2026-07-01T19:00:00+00:00")
+    assert why["firing"]["claimed_by"] == "beat@test"
+    text = shell.succeed("why", "7", "--at", "2026-07-02T03:00+08:00").out
+    assert "It ran: 2026-07-01 19:00:00Z (2026-07-02 03:00:00 in Asia/Shanghai) was claimed 1.0 s after it" in text
+    assert f"Run {run_id} waits for a worker" in text
+    assert shell.succeed("why", "9", "--at", "03:00", "--json").document["verdict"] == "unknown_task"
+
+    firings = shell.succeed("firings", "--task", "8", "--outcome", "missed", "--until", "12:20", "--json").document
+    assert firings["firings"][0]["reason"] == "superseded"
+    assert firings["firings"][0]["scheduled_for"] == "2026-07-01T18:40:00+00:00"
+    since = ["--since", "2026-07-01T19:00Z", "--until", "2026-07-01T19:00Z"]
+    assert len(shell.succeed("firings", *since, "--json").document["firings"]) == 2
+    assert run_id in shell.succeed("firings", "--task", "7").out
+
+
+def test_a_backfill_lists_first_then_starts_what_has_no_run(rota: Rota, shell: Shell) -> None:
+    rota.go("12:10")
+    span = ["--from", "2026-07-01T12:00Z", "--to", "2026-07-01 12:30"]
+    dry = shell.succeed("schedule", "backfill", "8", *span, "--json").document
+    assert (dry["dry_run"], dry["to_start"]) == (True, 3)
+    assert [(each["slot"][11:16], each["firing"] and each["firing"]["outcome"]) for each in dry["slots"]] == [
+        ("12:00", None),
+        ("12:10", "started"),
+        ("12:20", None),
+        ("12:30", None),
+    ]
+    text = shell.succeed("schedule", "backfill", "8", *span, "--limit", "1").out
+    assert "3 of 4 slots would start a run; nothing happens without --yes" in text
+    assert "3 more" in text
+    assert len(shell.succeed("runs", "--task", "8", "--json").document["runs"]) == 1
+
+    done = shell.succeed("schedule", "backfill", "8", *span, "--yes", "--reason", "late", "--json")
+    assert done.document["enqueued"]
+    assert set(done.document["runs"]) == {str(slot_run_id(8, at(each))) for each in ("12:00", "12:20", "12:30")}
+    assert "no living worker consumes orchestrator.crawl" in done.err
+    assert rota.rows("SELECT * FROM outbox") == []
+    [audit] = rota.rows("SELECT * FROM audit_events")
+    assert (audit["action"], audit["reason"]) == ("backfill", "late")
+    again = shell.succeed("schedule", "backfill", "8", *span, "--yes").out
+    assert again == "0 runs of crawl task 8 are enqueued, for 4 slots\n"
+
+
+def test_a_backfill_without_a_broker_is_recorded_for_the_pulse(rota: Rota, shell: Shell) -> None:
+    away = shell.but(BROKER_URL=f"amqp://u:{CANARY}@{_unreachable()}//")
+    span = ["--from", "2026-07-01T12:00Z", "--to", "2026-07-01T12:30Z"]
+    result = away.succeed("schedule", "backfill", "8", *span, "--yes")
+    assert result.out == "4 runs of crawl task 8 are recorded, for 4 slots\n"
+    assert "the pulse of any worker or beat enqueues it" in result.err
+    assert len(rota.rows("SELECT * FROM outbox")) == 1
+
+
+def test_a_backfill_that_cannot_be_meant_is_refused(rota: Rota, shell: Shell) -> None:
+    rota.add(3, "whenever")
+    rota.hands.move(5)
+    rota.edit(3)
+    rota.go()
+    for task, first, last, code, complaint in [
+        ("8", "2026-07-01", "2100-01-01", 2, "--to lies in the future"),
+        ("8", "2026-07-02", "2026-07-01", 2, "--to lies before --from"),
+        (
+            "8",
+            "2026-07-01 00:01",
+            "2026-07-01 00:09",
+            2,
+            "has no slot from --from to --to; the next one is 2026-07-01 00:10",
+        ),
+        ("8", "2026-07-01", "2026-07-08", 2, "take in 1009 slots, and one backfill starts 1000 at most: narrow them"),
+        ("8", "2020-07-01", "2026-07-08", 2, "take in over 10000 slots"),
+        ("3", "2026-07-01", "2026-07-02", 1, "the schedule of crawl task 3 cannot be read: cannot read"),
+        ("9", "2026-07-01", "2026-07-02", 1, "the scheduler knows no crawl task 9"),
+    ]:
+        result = shell("schedule", "backfill", task, "--from", first, "--to", last, "--yes")
+        assert (result.code, result.out) == (code, ""), result
+        assert complaint in result.err
+
+
 # --- Operating -----------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +512,24 @@ def test_nodes_are_listed_and_a_beat_is_a_health_check(application: Application,
     assert nodes["worker@here"]["queues"] == ["orchestrator.crawl"]
     assert shell.succeed("doctor", "--beat", "--json").document["ok"]
     assert "warning" not in shell.succeed("run", "1").err
+
+
+def test_beats_that_cannot_work_fail_the_health_check(application: Application, shell: Shell) -> None:
+    database = Database(application.url, SCHEMA)
+    nodes = NodeLedger(database)
+    nodes.heartbeat(Node("beat@one", "beat"), "1.2.3", problem="there is no table crawl_tasks")
+    sick = shell("doctor", "--beat", "--json")
+    assert sick.code == 1
+    assert "beat@one: there is no table crawl_tasks" in sick.document["findings"][0]["detail"]
+    assert "there is no table crawl_tasks" in shell.succeed("workers").out
+
+    nodes.heartbeat(Node("beat@two", "beat"), "1.2.3")
+    assert shell("doctor", "--beat").code == 0
+    application.execute("UPDATE orchestrator.nodes SET seen_at = now() - interval '16 seconds'")
+    stalled = shell("doctor", "--beat")
+    assert stalled.code == 1
+    assert "no beat ticked within 15 s" in stalled.out
+    database.close()
 
 
 # --- Waiting, and processes ----------------------------------------------------------------------------------------

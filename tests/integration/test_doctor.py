@@ -15,10 +15,13 @@ import amqp
 import pytest
 from kombu.utils.url import url_to_parts
 
+from orchestrator.domain import Node
 from tests.support.application import Application, migrated
+from tests.support.ledgers import Workbench
 from tests.support.postgres import PostgresServer
 from tests.support.processes import free_port
 from tests.support.rabbitmq import RabbitMQServer
+from tests.support.scheduling import Rota, at
 
 CANARY: Final = "canary-5ecret"
 
@@ -106,7 +109,17 @@ def _as(role: str, application: Application) -> str:
 def test_all_is_well(application: Application, role: str, broker_url: str, discovery: str, tmp_path: Path) -> None:
     found = _examine(tmp_path, DATABASE_URL=_as(role, application), BROKER_URL=broker_url, DISCOVERY_URL=discovery)
     assert found.code == 0
-    for check in ("settings", "database", "clock", "ledger", "rights", "crawl_tasks", "crawl_configs", "plan"):
+    for check in (
+        "settings",
+        "database",
+        "clock",
+        "ledger",
+        "rights",
+        "crawl_tasks",
+        "crawl_configs",
+        "plan",
+        "schedules",
+    ):
         assert found.statuses(check) == {"ok"}, found.text(check)
     for check in ("broker", "extraction", "discovery"):
         assert found.statuses(check) == {"ok"}, found.text(check)
@@ -191,6 +204,50 @@ def test_differing_tables_are_mapped_column_by_column(application: Application, 
     assert found.statuses("crawl_configs") == {"ok", "warn"}
     assert "CREATE INDEX CONCURRENTLY ON crawl_configs (datasource_id)" in found.text("crawl_configs")
     assert found.statuses("plan") == set()
+
+
+def test_edits_that_are_noticed_late(application: Application, tmp_path: Path) -> None:
+    application.create_tables()
+    application.execute("UPDATE pg_class SET reltuples = 250000 WHERE relname = 'crawl_tasks'")
+    slow = _examine(tmp_path, DATABASE_URL=application.url)
+    assert slow.statuses("crawl_tasks") == {"ok", "warn"}
+    assert "crawl_tasks has about 250000 rows and no index on updated_at: edits are noticed less" in slow.text(
+        "crawl_tasks"
+    )
+    assert "CREATE INDEX CONCURRENTLY ON crawl_tasks (updated_at)" in slow.text("crawl_tasks")
+
+    application.execute("CREATE INDEX ON crawl_tasks (updated_at)")
+    assert _examine(tmp_path, DATABASE_URL=application.url).statuses("crawl_tasks") == {"ok"}
+
+    application.execute("ALTER TABLE crawl_tasks DROP updated_at")
+    without = _examine(tmp_path, DATABASE_URL=application.url)
+    assert without.statuses("crawl_tasks") == {"ok", "warn"}
+    assert "no column updated_at: an edit of a schedule is noticed within a minute" in without.text("crawl_tasks")
+    assert "ORCHESTRATOR_CATALOG__CRAWL_TASKS__UPDATED_AT" in without.text("crawl_tasks")
+
+
+def test_schedules_that_cannot_be_read_and_beats_that_cannot_work(application: Application, tmp_path: Path) -> None:
+    application.create_tables()
+    bench = Workbench(application.url)
+    rota = Rota(bench, at("12:00:30"))
+    for task_id in range(1, 6):
+        rota.add(task_id, "whenever" if task_id > 1 else "hourly")
+    rota.go()
+    bench.ledger.nodes.heartbeat(Node("beat@one", "beat"), "1", problem="there is no table crawl_tasks")
+    bench.ledger.nodes.heartbeat(Node("beat@two", "beat"), "1")
+    bench.close()
+
+    found = _examine(tmp_path, DATABASE_URL=application.url)
+
+    assert found.statuses("schedules") == {"warn"}
+    assert (
+        '4 schedules cannot be read and will not fire, the first 3 of them: crawl task 2: cannot read "whenever"'
+        in (found.text("schedules"))
+    )
+    assert "crawl task 4" in found.text("schedules")
+    assert "crawl task 5" not in found.text("schedules")
+    assert found.statuses("beats") == {"ok", "warn"}
+    assert "beat@one: there is no table crawl_tasks" in found.text("beats")
 
 
 @pytest.mark.parametrize("array", ["integer[]", "json", "jsonb"])

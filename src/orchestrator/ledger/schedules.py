@@ -402,8 +402,9 @@ class ScheduleLedger:
                 .on_conflict_do_update(
                     index_elements=[pauses.c.task_id], set_=values, where=pauses.c.resumed_at.is_not(None)
                 )
+                .returning(pauses.c.task_id)
             )
-            if not connection.execute(statement).rowcount:
+            if connection.scalar(statement) is None:
                 raise IllegalTransitionError(f"the schedule of crawl task {task_id} is paused; allowed: resume")
             _audit(connection, actor, "pause", task_id, reason)
         _log.info(Event.SCHEDULE_PAUSED, task_id=task_id, actor=actor)
@@ -420,8 +421,9 @@ class ScheduleLedger:
                 update(pauses)
                 .where(pauses.c.task_id == task_id, pauses.c.resumed_at.is_(None))
                 .values(resumed_at=self._clock(connection))
+                .returning(pauses.c.task_id)
             )
-            if not connection.execute(statement).rowcount:
+            if connection.scalar(statement) is None:
                 _require(connection, task_id)
                 raise IllegalTransitionError(f"the schedule of crawl task {task_id} is not paused; allowed: pause")
             _audit(connection, actor, "resume", task_id, reason)

@@ -169,9 +169,9 @@ def upgrade() -> None:
         schema=schema,
     )
     op.create_index(
-        "schedules_next_fire_at_idx",
+        "schedules_next_fire_at_task_id_idx",
         "schedules",
-        ["next_fire_at"],
+        ["next_fire_at", "task_id"],
         unique=False,
         schema=schema,
         postgresql_where=sa.text("next_fire_at IS NOT NULL"),

@@ -1,0 +1,458 @@
+"""Commands about runs: run, analyze, plan, runs, show, retry, cancel."""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Annotated, Final, Self
+from uuid import UUID, uuid4
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from orchestrator.bootstrap import Services
+from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE
+from orchestrator.cli.output import STYLES, console, print_document, print_table, printable, say, stamp
+from orchestrator.cli.session import (
+    FAILED,
+    INTERRUPTED,
+    SHOWN,
+    AsJson,
+    Limit,
+    Reason,
+    Task,
+    TaskId,
+    Wait,
+    actor,
+    session,
+)
+from orchestrator.domain import (
+    TERMINAL,
+    AnalysisArguments,
+    Arguments,
+    CrawlArguments,
+    NewRun,
+    RunKind,
+    RunState,
+    SkipReason,
+    Trigger,
+    WakeUp,
+    traceparent_of,
+)
+from orchestrator.errors import (
+    DatabaseUnavailableError,
+    InvalidArgumentsError,
+    PublishError,
+    RunNotFoundError,
+    TransientError,
+)
+from orchestrator.insights import NodeView, RunView
+
+app: Final = typer.Typer()
+
+RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="A run's id, or at least its first 4 hex digits.")]
+
+_POLL: Final = 0.3  # seconds
+_ID: Final = re.compile(r"[0-9a-f]{4,32}")
+
+
+# --- Starting work -----------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Examples: [bold]orchestrator run 7[/], [bold]orchestrator run 7 --wait[/]")
+def run(
+    task_id: TaskId,
+    *,
+    wait: Wait = False,
+    run_id: Annotated[
+        UUID | None, typer.Option("--id", help="The run's id; asking twice with one id is one run.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a crawl task now: one message to the Extractor for each of its data sources."""
+    run_now(task_id, run_id, wait=wait, as_json=as_json)
+
+
+@app.command(epilog="Example: [bold]orchestrator analyze 12 13 14 --theme news --wait[/]")
+def analyze(
+    data_source_ids: Annotated[list[int], typer.Argument(metavar="DATA_SOURCE_ID…", help="The sites to analyse.")],
+    *,
+    theme: Annotated[str, typer.Option("--theme", help="The theme to analyse them for.")],
+    wait: Wait = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have the Discovery Service analyse data sources for a theme."""
+    new = [_new_run(AnalysisArguments(each, theme)) for each in dict.fromkeys(data_source_ids)]
+    with session() as ours:
+        _start(ours, new, wait=wait, render=_render_runs if as_json else None)
+
+
+def run_now(task_id: int, run_id: UUID | None = None, *, wait: bool, as_json: bool) -> None:
+    """Start a run of a crawl task, and watch it if wanted."""
+    new = _new_run(CrawlArguments(task_id), run_id)
+    with session() as ours:
+        _start(ours, [new], wait=wait, render=_render_run if as_json else None)
+
+
+def _new_run(arguments: Arguments, run_id: UUID | None = None, retry_of: UUID | None = None) -> NewRun:
+    run_id = run_id or uuid4()
+    return NewRun(run_id, arguments, Trigger.CLI, traceparent_of(run_id), retry_of=retry_of)
+
+
+Render = Callable[[Sequence[RunView], bool], None]
+"""Prints runs, and whether their wake-ups were enqueued, as one JSON document."""
+
+
+def _render_run(views: Sequence[RunView], enqueued: bool) -> None:  # noqa: FBT001 -- a plain callback
+    print_document({"run": _run_document(views[0]), "enqueued": enqueued})
+
+
+def _render_runs(views: Sequence[RunView], enqueued: bool) -> None:  # noqa: FBT001 -- a plain callback
+    print_document({"runs": [_run_document(view) for view in views], "enqueued": enqueued})
+
+
+def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render | None) -> None:
+    """Commit runs, wake workers, and, if wanted, watch to the end."""
+    for each in new:
+        if not ours.ledger.runs.accept(each, delivered=False):
+            _require_equal(each, ours.insights.run(each.run_id))
+    wake_ups = [WakeUp(each.run_id, each.arguments, each.traceparent) for each in new]
+    enqueued = enqueue(ours, wake_ups)
+    run_ids = [each.run_id for each in new]
+    if render is None:
+        for each in new:
+            typer.echo(f"run {each.run_id} is {'enqueued' if enqueued else 'recorded'}: {_name(each.arguments)}")
+    warn_if_unattended(ours, new[0].arguments)
+    views = _watch(ours, run_ids) if wait else [ours.insights.run(run_id) for run_id in run_ids]
+    if render is not None:
+        render(views, enqueued)
+    elif wait:
+        for view in views:
+            _tell_outcome(view)
+    if wait and any(view.state is not RunState.SUCCEEDED for view in views):
+        raise typer.Exit(FAILED)
+
+
+def _require_equal(new: NewRun, kept: RunView) -> None:
+    if _arguments(kept) != new.arguments:
+        raise InvalidArgumentsError(f"--id {new.run_id} belongs to another run already: {_what(kept)}")
+
+
+def enqueue(ours: Services, wake_ups: Sequence[WakeUp], batch: int | None = None) -> bool:
+    """Wake workers for committed runs, maybe of one batch; if the broker does not take it, say that the pulse will."""
+    try:
+        ours.sender.wake(wake_ups)
+    except PublishError as error:
+        say(
+            f"recorded, not enqueued yet ({error}); the pulse of any worker or beat enqueues it once the broker is back"
+        )
+        return False
+    # The broker has them: what is not noted here is woken a second time, which does no harm.
+    with suppress(TransientError):
+        if batch is None:
+            ours.ledger.runs.mark_enqueued([wake_up.run_id for wake_up in wake_ups])
+        else:
+            ours.ledger.runs.mark_sent(batch)
+    return True
+
+
+def warn_if_unattended(ours: Services, arguments: Arguments) -> None:
+    """Say so where runs with such arguments wait for a worker that is not there."""
+    queue = CRAWL_QUEUE if isinstance(arguments, CrawlArguments) else ANALYSIS_QUEUE
+    if not _attended(ours.insights.nodes(), queue):
+        say(f"warning: no living worker consumes {queue}; start one: `orchestrator worker`, or `orchestrator up`")
+
+
+def _attended(nodes: Iterable[NodeView], queue: str) -> bool:
+    return any(node.alive and queue in node.queues for node in nodes)
+
+
+# --- Watching ------------------------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Progress on standard error: a bar on a terminal, else a line for each change."""
+
+    def __init__(self) -> None:
+        stderr = Console(stderr=True, markup=False, highlight=False)
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        self._bar = Progress(*columns, TimeElapsedColumn(), console=stderr) if stderr.is_terminal else None
+        self._task = self._bar.add_task("", total=None) if self._bar else None
+        self._said = ""
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def tell(self, words: str, done: int = 0, total: int | None = None) -> None:
+        """Show how far it is; ``words`` change with the state, not with every step."""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, description=printable(words), completed=done, total=total)
+        elif words != self._said:
+            say(words)
+        self._said = words
+
+
+def _watch(ours: Services, run_ids: Sequence[UUID]) -> list[RunView]:
+    """Return the runs once all are over. Ctrl-C ends the watching, not the runs."""
+    try:
+        with _Watch() as progress:
+            while not _look(ours, run_ids, progress):
+                time.sleep(_POLL)
+        return [ours.insights.run(run_id) for run_id in run_ids]
+    except KeyboardInterrupt:
+        watched = f"`orchestrator show {run_ids[0]}`" if len(run_ids) == 1 else "`orchestrator runs`"
+        say(f"left running; see how it goes: {watched}")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _look(ours: Services, run_ids: Sequence[UUID], progress: _Watch) -> bool:
+    """Show how far the runs are; return whether all are over."""
+    try:
+        if len(run_ids) == 1:
+            view = ours.insights.run(run_ids[0])
+            progress.tell(_standing(view), view.published + view.skipped, view.total or None)
+            return view.state in TERMINAL
+        left = ours.insights.unfinished(run_ids)
+    except DatabaseUnavailableError as error:
+        # The runs go on without us; so does the watching, as soon as it can.
+        progress.tell(f"waiting: {error}")
+        return False
+    done = len(run_ids) - left
+    progress.tell(f"{done} of {len(run_ids)} runs are over", done, len(run_ids))
+    return not left
+
+
+def _standing(view: RunView) -> str:
+    parts: list[str] = [view.state]
+    if view.kind is RunKind.SITE_ANALYSIS and view.attempts:
+        parts.append(f"call {view.attempts}")
+    if view.state is RunState.RETRYING:
+        parts.append(f"{view.error_code}; next try {stamp(view.next_attempt_at)}")
+    return ", ".join(parts)
+
+
+def _tell_outcome(view: RunView) -> None:
+    reason = f": {view.error_message} ({view.error_code})" if view.error_code else ""
+    console().print(Text(printable(f"run {view.id} {view.state}, {_counts(view)}{reason}"), STYLES[view.state]))
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: [bold]orchestrator plan 7[/]. Sends nothing.")
+def plan(
+    task_id: TaskId,
+    *,
+    limit: Limit = SHOWN,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run of a crawl task would dispatch now, and what it would skip and why."""
+    with session() as ours, ours.database.transaction() as connection:
+        rows = ours.catalog.read_plan(connection, task_id)
+    dispatched = [row for row in rows if row[1] is not None]
+    skipped = [source for source, config in rows if config is None]
+    if as_json:
+        print_document(
+            {
+                "task_id": task_id,
+                "total": len(rows),
+                "dispatched": len(dispatched),
+                "skipped": len(skipped),
+                "limit": limit,
+                "dispatches": [{"data_source_id": each[0], "crawl_config_id": each[1]} for each in dispatched[:limit]],
+                "skips": [{"data_source_id": each, "reason": SkipReason.NO_ACTIVE_CONFIG} for each in skipped[:limit]],
+            }
+        )
+        return
+    typer.echo(f"crawl task {task_id}: {len(rows)} data sources, {len(dispatched)} to dispatch, {len(skipped)} to skip")
+    if dispatched:
+        print_table(["data source", "crawl config"], dispatched[:limit], more=len(dispatched) - limit)
+    if skipped:
+        rows_skipped = [(each, SkipReason.NO_ACTIVE_CONFIG) for each in skipped[:limit]]
+        print_table(["data source", "skipped because"], rows_skipped, more=len(skipped) - limit)
+
+
+@app.command(epilog="Examples: [bold]orchestrator runs --state failed[/], [bold]orchestrator runs --task 7 --json[/]")
+def runs(
+    *,
+    kind: Annotated[RunKind | None, typer.Option("--kind", help="Only runs of this kind.")] = None,
+    state: Annotated[RunState | None, typer.Option("--state", help="Only runs in this state.")] = None,
+    task_id: Task = None,
+    limit: Limit = SHOWN,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, newest first."""
+    with session() as ours:
+        views = ours.insights.runs(limit=limit, kind=kind, state=state, task_id=task_id)
+    if as_json:
+        print_document({"runs": [_run_document(view) for view in views]})
+        return
+    rows = [
+        (view.id, view.state, _what(view), _counts(view), stamp(view.created_at), view.error_code) for view in views
+    ]
+    print_table(["run", "state", "what", "progress", "created", "error"], rows)
+
+
+@app.command(epilog="Example: [bold]orchestrator show 3f2a[/]. The first hex digits of the id are enough.")
+def show(run_id: RunId, *, limit: Limit = SHOWN, as_json: AsJson = False) -> None:
+    """Tell everything about a run: what it waits for, its calls, what happened and what was skipped."""
+    with session() as ours:
+        view = ours.insights.run(_resolve(ours, run_id))
+        waits_for = _waits_for(view, ours.insights.nodes())
+        attempts, events = ours.insights.attempts(view.id), ours.insights.events(view.id)
+        reasons, skips = ours.insights.skip_reasons(view.id), ours.insights.skipped(view.id, limit)
+    if as_json:
+        shown = {"waits_for": waits_for, "attempts": attempts, "events": events, "skip_reasons": reasons}
+        print_document({"run": _run_document(view)} | shown | {"skips": skips})
+        return
+    skipped = [("skipped because", f"{reason}: {count}") for reason, count in reasons.items()]
+    print_table(["run", str(view.id)], [*_facts(view), *skipped, ("waits for", waits_for)])
+    if attempts:
+        columns = ["number", "started_at", "outcome", "status", "seconds", "code", "message", "next_attempt_at"]
+        print_table(columns, [tuple(each[name] for name in columns) for each in attempts], title="calls to Discovery")
+    columns = ["at", "event", "state", "code", "message"]
+    print_table(columns, [tuple(each[name] for name in columns) for each in events], title="what happened")
+    if skips:
+        rows = [(each["data_source_id"], each["reason"]) for each in skips]
+        print_table(["data source", "skipped because"], rows, more=sum(reasons.values()) - len(skips))
+
+
+def _facts(view: RunView) -> Iterator[tuple[str, object]]:
+    yield "what", _what(view)
+    yield "state", view.state
+    yield "progress", _counts(view)
+    if view.error_code:
+        yield "error", f"{view.error_message} ({view.error_code})"
+    yield "started by", view.trigger
+    if view.scheduled_for is not None:
+        yield "slot", view.scheduled_for
+    for name in ("retry_of", "created_at", "started_at", "next_attempt_at", "finished_at"):
+        if (value := getattr(view, name)) is not None:
+            yield name.removesuffix("_at").replace("_", " "), value
+    yield "traceparent", view.traceparent
+
+
+def _waits_for(view: RunView, nodes: Sequence[NodeView]) -> str:
+    """Say in words what has to happen next."""
+    crawl = view.kind is RunKind.CRAWL
+    queue = CRAWL_QUEUE if crawl else ANALYSIS_QUEUE
+    match view.state:
+        case RunState.FAILED if (view.task_id if crawl else view.theme_name) is None:
+            return "nothing: its arguments were unusable; start a new run"
+        case RunState.FAILED:
+            return f"you: `orchestrator retry {view.id}` puts it back in the queue"
+        case RunState.SUCCEEDED | RunState.CANCELED:
+            return "nothing: it is over"
+        case RunState.RETRYING:
+            what = "the next try to publish" if crawl else f"call {view.attempts + 1} to the Discovery Service"
+            waits_for = f"{what}, at {stamp(view.next_attempt_at)}"
+        case RunState.RUNNING if crawl:
+            waits_for = f"{view.pending} messages to be published" if view.total else "its plan to be made"
+        case RunState.RUNNING:
+            waits_for = f"the answer of the Discovery Service to call {view.attempts}"
+        case _ if view.awaits_slot is not None:
+            waits_for = "a free call to the Discovery Service: as many as may be are under way"
+        case _ if view.next_attempt_at is not None:
+            waits_for = f"the time that its caller asked for, {stamp(view.next_attempt_at)}"
+        case _:
+            waits_for = f"a worker to take it from {queue}"
+    unattended = "" if _attended(nodes, queue) else f"; no living worker consumes {queue}: `orchestrator worker`"
+    return waits_for + unattended
+
+
+# --- Operating -----------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: [bold]orchestrator retry 3f2a --reason 'Discovery is back'[/]")
+def retry(run_id: RunId, *, reason: Reason = None, as_json: AsJson = False) -> None:
+    """Put a failed run back in the queue; repeat a succeeded or canceled one as a new run."""
+    with session() as ours:
+        view = ours.insights.run(_resolve(ours, run_id))
+        arguments = _arguments(view)
+        if view.state in {RunState.SUCCEEDED, RunState.CANCELED} and arguments is not None:
+            new = _new_run(arguments, retry_of=view.id)
+            if not as_json:
+                typer.echo(f"run {view.id} is {view.state}, which is final: the same again is a new run")
+            _start(ours, [new], wait=False, render=_render_run if as_json else None)
+            return
+        wake_up = ours.ledger.runs.revive(view.id, actor=actor(), reason=reason)
+        enqueued = enqueue(ours, [wake_up])
+        if as_json:
+            _render_run([ours.insights.run(view.id)], enqueued)
+        else:
+            typer.echo(f"run {view.id} is back in the queue: {_what(view)}")
+        warn_if_unattended(ours, wake_up.arguments)
+
+
+@app.command(epilog="Example: [bold]orchestrator cancel 3f2a --reason 'wrong task'[/]")
+def cancel(run_id: RunId, *, reason: Reason = None, as_json: AsJson = False) -> None:
+    """Cancel a run: what is not published yet is skipped."""
+    with session() as ours:
+        resolved = _resolve(ours, run_id)
+        ours.ledger.runs.cancel(resolved, actor=actor(), reason=reason)
+        view = ours.insights.run(resolved)
+    if as_json:
+        print_document({"run": _run_document(view)})
+    else:
+        typer.echo(f"run {view.id} is canceled: {_what(view)}, {_counts(view)}")
+
+
+# --- Ids and words -------------------------------------------------------------------------------------------------
+
+
+def _resolve(ours: Services, text: str) -> UUID:
+    """Return the id of the one run that begins like this.
+
+    Raises:
+        InvalidArgumentsError: it is no beginning of an id, or that of several runs.
+        RunNotFoundError: no run begins so.
+    """
+    digits = text.replace("-", "").lower()
+    if not _ID.fullmatch(digits):
+        raise InvalidArgumentsError(f"{text!r} is no run id: give all of it, or at least its first 4 hex digits")
+    matches = ours.insights.matching(digits)
+    if not matches:
+        raise RunNotFoundError(f"there is no run {text}")
+    if len(matches) > 1:
+        raise InvalidArgumentsError(f"several runs begin with {text}, for instance {matches[0]} and {matches[1]}")
+    return matches[0]
+
+
+def _arguments(view: RunView) -> Arguments | None:
+    if view.task_id is not None:
+        return CrawlArguments(view.task_id)
+    if view.data_source_id is not None and view.theme_name is not None:
+        return AnalysisArguments(view.data_source_id, view.theme_name)
+    return None
+
+
+def _what(view: RunView) -> str:
+    arguments = _arguments(view)
+    return f"{view.kind} without usable arguments" if arguments is None else _name(arguments)
+
+
+def _name(arguments: Arguments) -> str:
+    match arguments:
+        case CrawlArguments(task_id):
+            return f"crawl task {task_id}"
+        case AnalysisArguments(data_source_id, theme_name):
+            return f"analysis of data source {data_source_id}, theme {theme_name}"
+
+
+def _counts(view: RunView) -> str:
+    if view.kind is RunKind.SITE_ANALYSIS:
+        return f"{view.attempts} call{'' if view.attempts == 1 else 's'}"
+    return f"{view.published} published, {view.skipped} skipped of {view.total}"
+
+
+def _run_document(view: RunView) -> dict[str, object]:
+    return asdict(view) | {"pending": view.pending}
