@@ -2,7 +2,7 @@
 # Prepare this clone. The Makefile calls it before every target; with nothing to do it returns at once.
 #
 #   scripts/bootstrap.sh venv       .venv with exactly what requirements.lock names, and the package itself
-#   scripts/bootstrap.sh services   RabbitMQ and openssl for the tests, as Debian packages, if we are root
+#   scripts/bootstrap.sh services   RabbitMQ, openssl and libfaketime for the tests, as Debian packages, if we are root
 #
 # Asks for Python 3.11 or newer and nothing else. Writes into the clone and the download caches only, unless it
 # is root and a Debian package is missing.
@@ -106,6 +106,7 @@ services() {
     set --
     have rabbitmq-server || set -- "$@" rabbitmq-server
     have openssl || set -- "$@" openssl
+    have_faketime || set -- "$@" libfaketime
     if [ $# -eq 0 ]; then
         return
     elif ! can_install; then
@@ -120,6 +121,16 @@ have() (
     PATH="/usr/lib/rabbitmq/bin:$PATH:/usr/sbin:/usr/local/sbin"
     command -v "$1" >/dev/null
 )
+
+# Where tests/support/beats.py looks.
+have_faketime() {
+    for library in /usr/lib/*/faketime/libfaketimeMT.so.1 /usr/lib*/faketime/libfaketimeMT.so.1; do
+        if [ -e "$library" ]; then
+            return
+        fi
+    done
+    return 1
+}
 
 can_install() {
     [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null

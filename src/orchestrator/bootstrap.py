@@ -57,8 +57,10 @@ class Services:
     def beat(self, node: Node) -> tuple[FiringEngine, Pulse]:
         """Make what a beat does each tick; its heartbeats say what keeps schedules from firing."""
         limit = self.settings.scheduler.max_queued
-        firing = FiringEngine(self.ledger, self.timetable, self.sender.wake, node.name, max_queued=limit)
-        return firing, Pulse(self.ledger, self.sender.wake, node, problem=lambda: firing.problem, heartbeat=0.0)
+        wake = self.sender.wake
+        firing = FiringEngine(self.ledger, self.timetable, wake, node.name, max_queued=limit, stopping=stopping)
+        pulse = Pulse(self.ledger, wake, node, problem=lambda: firing.problem, heartbeat=0.0, stopping=stopping)
+        return firing, pulse
 
     def caps(self, node: Node | None) -> Caps:
         """Return how many Discovery calls may be under way.

@@ -122,6 +122,8 @@ def _common() -> dict[str, Any]:
         "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.5, "interval_max": 1},
         "beat_scheduler": "orchestrator.beat:Scheduler",
         "beat_max_loop_interval": 1,
+        # The beats of a host would share one mailbox; the ledger has their heartbeats.
+        "beat_enable_remote_control": False,
         "enable_utc": True,
         "timezone": "UTC",
     }
@@ -137,7 +139,6 @@ def _transport(settings: Settings) -> dict[str, Any]:
                 "read_timeout": IO_TIMEOUT,
                 "write_timeout": IO_TIMEOUT,
             },
-            "beat_enable_remote_control": True,
         }
     return {
         "broker_url": "pgmq://database",  # a name for the logs; conn_string is what counts

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import sha1
 from typing import Final, Literal
 from uuid import UUID, uuid5
@@ -274,7 +275,12 @@ def slot_run_id(task_id: int, slot: datetime) -> UUID:
 
     No generation of the schedule is part of it, so that no edit and no restart can make a second run of a slot.
     """
-    return uuid5(_SLOT_NAMESPACE, f"{task_id}@{slot.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
+    return uuid5(_SLOT_NAMESPACE, f"{task_id}@{_stamp(slot)}")
+
+
+@lru_cache(maxsize=10_000)  # thousands of tasks share a slot, and formatting takes longer than all the rest
+def _stamp(slot: datetime) -> str:
+    return f"{slot.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def traceparent_of(run_id: UUID, inherited: object = None) -> str:

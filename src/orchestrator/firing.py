@@ -45,6 +45,7 @@ class FiringEngine:
         enqueue: sends wake-ups, each confirmed; raises PublishError.
         node: who claims.
         max_queued: runs that wait for a worker, above which no slot is claimed.
+        stopping: tells that a round should end at the next opportunity.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class FiringEngine:
         node: str,
         *,
         max_queued: int,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._ledger = ledger
         self._timetable = timetable
         self._enqueue = enqueue
         self._node = node
         self._max_queued = max_queued
+        self._stopping = stopping
         self._look_every = LOOK
         self._sweep_every = QUICKEST_SWEEP
         self._sweeping = 0.0
@@ -99,7 +102,7 @@ class FiringEngine:
         """Notice edits, for a while; what is left is noticed in the next round."""
         give_up_at = monotonic() + _BUDGET
         more = True
-        while more and monotonic() < give_up_at:
+        while more and monotonic() < give_up_at and not self._stopping():
             began_at = monotonic()
             look = self._ledger.schedules.look(
                 self._timetable, every=self._look_every, sweep_every=self._sweep_every, by=self._node
@@ -124,7 +127,7 @@ class FiringEngine:
     def _claim(self) -> float:
         """Claim what is due, for a while; return how many seconds to wait."""
         give_up_at = monotonic() + _BUDGET
-        while monotonic() < give_up_at:
+        while monotonic() < give_up_at and not self._stopping():
             due_in = self._ledger.schedules.next_due_in()
             if due_in is None or due_in > 0:
                 return LONGEST_SLEEP if due_in is None else min(due_in, LONGEST_SLEEP)

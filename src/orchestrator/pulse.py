@@ -35,6 +35,7 @@ class Pulse:
         node: who beats.
         problem: what keeps the node from its work, if anything does; written with its heartbeat.
         heartbeat: seconds between heartbeats.
+        stopping: tells that a round should end at the next opportunity.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Pulse:
         *,
         problem: Callable[[], str | None] = lambda: None,
         heartbeat: float = HEARTBEAT,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._ledger = ledger
         self._enqueue = enqueue
         self._node = node
         self._problem = problem
         self._heartbeat = heartbeat
+        self._stopping = stopping
         self._seen_at = float("-inf")
         self._failures = 0
 
@@ -98,5 +101,5 @@ class Pulse:
         deadline = monotonic() + _ROUND
         while count := self._ledger.runs.wake_due(self._enqueue, BATCH):
             _log.info(Event.PULSE_WOKE, count=count)
-            if count < BATCH or monotonic() > deadline:
+            if count < BATCH or monotonic() > deadline or self._stopping():
                 return
