@@ -38,8 +38,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, aggregate_order_by, distinct_on
 from sqlalchemy.exc import DBAPIError
 
-from orchestrator.domain import MAX_BIGINT, MAX_SCHEDULE_LENGTH
+from orchestrator.domain import MAX_BIGINT
 from orchestrator.errors import CatalogMismatchError, CrawlTaskNotFoundError, InvalidDataSourceIdsError
+from orchestrator.schedule import MAX_LENGTH
 from orchestrator.settings import CatalogSettings
 
 _EXAMPLES: Final = 3
@@ -48,7 +49,8 @@ _EXAMPLES: Final = 3
 _THEIR_FAULT: Final = frozenset({"42", "22", "P0", "2F", "38", "39"})
 _SHOWN: Final = 50  # characters of an example
 _LONGEST_NAME: Final = 100  # characters of a time zone or policy
-_attributes: Final = table("pg_attribute", *map(column, ("attrelid", "attname", "attnum", "attisdropped")))
+_MOMENTS: Final = frozenset({1114, 1184, 1082})  # of pg_type: timestamp without and with time zone, date
+_attributes: Final = table("pg_attribute", *map(column, ("attrelid", "attname", "atttypid", "attnum", "attisdropped")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +105,20 @@ class Catalog:
         """
         names = self._tasks
         where = "" if names.schema_name is None else f"{_quoted(names.schema_name)}."
-        present = set(
-            connection.scalars(
-                select(_attributes.c.attname).where(
+        present: dict[str, int] = dict(
+            connection.execute(
+                select(_attributes.c.attname, _attributes.c.atttypid).where(
                     _attributes.c.attrelid == func.to_regclass(where + _quoted(names.table)),
                     _attributes.c.attnum > 0,
                     ~_attributes.c.attisdropped,
                 )
-            )
+            ).all()
         )
         if not present:
             raise CatalogMismatchError(f"there is no table {where}{names.table}; `orchestrator doctor` says how to map")
         optional = [names.timezone, names.misfire_policy, names.overlap_policy, names.updated_at]
+        if present.get(names.updated_at) not in _MOMENTS:
+            present.pop(names.updated_at, None)  # seconds since whenever, for instance
         found = [each for each in optional if each in present]
         tasks = _table(names.schema_name, names.table, names.id, names.schedule, names.is_active, *found)
 
@@ -122,14 +126,14 @@ class Catalog:
             # Bounded, for anything may stand in a text column; one more than is accepted, to tell a cut from a fit.
             if name not in tasks.c:
                 return cast(None, Text)
-            return func.nullif(func.btrim(func.left(cast(tasks.c[name], Text), limit + 1)), "")
+            return func.nullif(func.left(func.btrim(cast(tasks.c[name], Text)), limit + 1), "")
 
         updated_at = tasks.c[names.updated_at] if names.updated_at in found else cast(None, TIMESTAMP(timezone=True))
         number = tasks.c[names.id]
         rows = (
             select(
                 type_coerce(number, BigInteger).label("task_id"),
-                text(names.schedule, MAX_SCHEDULE_LENGTH).label("text"),
+                text(names.schedule, MAX_LENGTH).label("text"),
                 func.coalesce(text(names.timezone, _LONGEST_NAME), self._zone).label("zone"),
                 func.coalesce(cast(tasks.c[names.is_active], Boolean), False).label("active"),
                 text(names.misfire_policy, _LONGEST_NAME).label("misfire_policy"),

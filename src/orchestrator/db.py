@@ -1,7 +1,8 @@
 """Connections to PostgreSQL: one lazily opened pool a process, transactions, and errors by remedy.
 
 Knows nothing of tables. Every session carries the time-outs that the promises rest on: a frozen worker's
-locks free themselves after ``idle_in_transaction_session_timeout``.
+locks free themselves after ``idle_in_transaction_session_timeout``, or in the middle of an answer by the server's
+``tcp_user_timeout``.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ _SESSION: Final = {
     "idle_in_transaction_session_timeout": "30s",
     "lock_timeout": "10s",
     "statement_timeout": "120s",
+    # The server's side: a frozen process that is being sent rows is "active", and no other time-out ends that. Over a
+    # Unix socket it has no effect.
+    "tcp_user_timeout": "30s",
     "timezone": "UTC",
 }
 # The statement was fine and the server is not: down, starting, full, read-only, or it asked us to try again.

@@ -19,7 +19,6 @@ EXTRACTION_TYPE: Final = "extraction.requested"
 APP_ID: Final = "orchestrator"
 MAX_BIGINT: Final = 2**63 - 1
 MAX_THEME_LENGTH: Final = 255
-MAX_SCHEDULE_LENGTH: Final = 200
 GRACE: Final = timedelta(seconds=60)
 """A slot that is claimed later than this was missed."""
 

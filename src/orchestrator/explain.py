@@ -202,7 +202,8 @@ class _Inquiry:
                 what = f"a run of the crawl task was unfinished (overlap policy skip){which}"
             case FiringReason.PAUSED:
                 pause = self._insights.last_pause(self._task_id, firing.claimed_at)
-                what = f"{pause.actor} had paused it at {self._moment(pause.at)}" if pause else "it was paused"
+                paused = f"{pause.actor} paused it at {self._moment(pause.at)}" if pause else "it was paused"
+                what = f"{paused}, before the slot was claimed"
                 what += f" ({pause.reason})" if pause and pause.reason else ""
             case FiringReason.DISABLED:
                 what = f"is_active was set to false {noticed}"

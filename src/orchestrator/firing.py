@@ -6,20 +6,21 @@ their wake-ups are sent; one that gets lost is sent by the pulse.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import inf
 from time import monotonic
 from typing import Final
 
-from orchestrator.domain import FiringOutcome, WakeUp
+from orchestrator.domain import DueSchedule, Firing, FiringOutcome, WakeUp
 from orchestrator.errors import OrchestratorError, PublishError, UnreadableScheduleError
 from orchestrator.ledger import Ledger
-from orchestrator.ledger.schedules import Look, Unsent
+from orchestrator.ledger.schedules import Claim, Unsent
 from orchestrator.telemetry import Event, logger
 from orchestrator.timetable import Timetable
 
 LONGEST_SLEEP: Final = 1.0
 """Seconds between rounds at most: a schedule may be edited meanwhile, and SIGTERM is to be heard."""
-LOOK: Final = 1.0
-"""Seconds between looks for edits by ``updated_at``."""
+LOOK: Final = 0.5
+"""Seconds between looks for edits by ``updated_at``: rounds come about every second, and each is to look."""
 SWEEP: Final = 60.0
 """Seconds between sweeps for other edits, at most."""
 QUICKEST_SWEEP: Final = 5.0
@@ -27,7 +28,7 @@ QUICKEST_SWEEP: Final = 5.0
 SHARE: Final = 0.05
 """Share of the time that looking may take, as long as that allows for a sweep a minute."""
 
-_BUDGET: Final = 2.0  # seconds that looking, and claiming, may take in one round
+_BUDGET: Final = 2.0  # seconds that claiming may take in one round
 _SCHEDULES: Final = 2_000  # in one claim
 _FIRINGS: Final = 5_000  # in one claim, and those of one schedule more
 _OTHERS_TURN: Final = 0.05  # seconds, while other beats have taken all that is due
@@ -66,7 +67,7 @@ class FiringEngine:
         self._stopping = stopping
         self._look_every = LOOK
         self._sweep_every = QUICKEST_SWEEP
-        self._sweeping = 0.0
+        self._sweep_next = False
         self._failures = 0
         self._held_back = False
         self._broker_back_at = 0.0
@@ -75,52 +76,46 @@ class FiringEngine:
 
     def once(self) -> float:
         """Do a round; return how many seconds to wait before the next. Never raises."""
-        try:
-            self._look()
-            wait = self._claim()
-        except OrchestratorError as error:
-            return self._failed(str(error), error)
-        except Exception as error:  # noqa: BLE001 -- one bad moment must not end every schedule
-            return self._failed(f"{type(error).__name__}; see its log", error)
+        errors: list[Exception] = []
+        waits: list[float] = []
+        # Claiming does without looking: it reads each schedule again before it fires.
+        for part in (self._look, self._claim):
+            try:
+                waits.append(part())
+            except Exception as error:  # noqa: BLE001 -- one bad moment must not end every schedule
+                errors.append(error)
+        if errors:
+            return self._failed(errors[0])
         self._failures = 0
         self.problem = None
-        return wait
+        return min(waits)
 
-    def _failed(self, problem: str, error: Exception) -> float:
-        self.problem = problem
+    def _failed(self, error: Exception) -> float:
         self._failures += 1
         pause = min(0.5 * 2.0 ** min(self._failures - 1, 10), _LONGEST_PAUSE)
         if isinstance(error, OrchestratorError):
-            _log.warning(Event.FIRING_FAILED, code=error.code, error=problem, delay=pause)
+            self.problem = str(error)
+            _log.warning(Event.FIRING_FAILED, code=error.code, error=self.problem, delay=pause)
         else:
+            self.problem = f"{type(error).__name__}; see its log"
             _log.error(Event.FIRING_FAILED, code="internal_error", delay=pause, exc_info=error)
         return pause
 
     # --- Looking -------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Notice edits, for a while; what is left is noticed in the next round."""
-        give_up_at = monotonic() + _BUDGET
-        more = True
-        while more and monotonic() < give_up_at and not self._stopping():
-            began_at = monotonic()
-            look = self._ledger.schedules.look(
-                self._timetable, every=self._look_every, sweep_every=self._sweep_every, by=self._node
-            )
-            self._adapt(look, monotonic() - began_at)
-            more = look.more
-
-    def _adapt(self, look: Look, took: float) -> None:
-        """Look less often where it takes long: the table may be large, and have no index on ``updated_at``."""
-        match look.kind:
-            case "updates":
-                self._look_every = min(max(LOOK, took / SHARE), SWEEP)
-            case "sweep":
-                self._sweeping += took
-                if not look.more:
-                    enough = SWEEP if look.has_updates else self._sweeping / SHARE
-                    self._sweep_every = min(max(enough, QUICKEST_SWEEP), SWEEP)
-                    self._sweeping = 0.0
+    def _look(self) -> float:
+        """Notice edits, a chunk of them; return how many seconds to wait."""
+        began_at = monotonic()
+        # In turns, so that a sweep gets on though every round is late enough for a look by ``updated_at``.
+        every = inf if self._sweep_next else self._look_every
+        look = self._ledger.schedules.look(self._timetable, every=every, sweep_every=self._sweep_every, by=self._node)
+        self._sweep_next = look.kind == "updates" and look.more
+        # Less often where it takes long: the table may be large, and have no index on ``updated_at``.
+        if look.kind == "updates":
+            self._look_every = min(max(LOOK, (monotonic() - began_at) / SHARE), SWEEP)
+        if look.swept_in is not None:
+            self._sweep_every = SWEEP if look.has_updates else min(max(look.swept_in / SHARE, QUICKEST_SWEEP), SWEEP)
+        return 0.0 if look.more else LONGEST_SLEEP
 
     # --- Claiming ------------------------------------------------------------------------------------------
 
@@ -152,13 +147,7 @@ class FiringEngine:
         latest = 0.0
         with self._ledger.schedules.claim(self._timetable, late=late, limit=_SCHEDULES, by=self._node) as claim:
             for schedule in claim.due:
-                try:
-                    overlapping = schedule.task_id in claim.overlapping
-                    slots, rest = self._timetable.settle(schedule, claim.now, overlapping=overlapping)
-                except UnreadableScheduleError as error:
-                    claim.reject(schedule, str(error))
-                    continue
-                claim.settle(schedule, slots, rest)
+                slots = self._settle(claim, schedule)
                 counts.update(slot.outcome for slot in slots)
                 latest = max(latest, (claim.now - schedule.next_fire_at).total_seconds())
                 if counts.total() >= _FIRINGS:
@@ -168,6 +157,21 @@ class FiringEngine:
             _log.info(Event.SLOTS_CLAIMED, **by_outcome, latest=round(latest, 3))
         self._send(claim.unsent)
         return bool(claim.due or claim.edited)
+
+    def _settle(self, claim: Claim, schedule: DueSchedule) -> Sequence[Firing]:
+        """Decide on the slots of one schedule; whatever is wrong with it must not keep the others from firing."""
+        try:
+            overlapping = schedule.task_id in claim.overlapping
+            slots, rest = self._timetable.settle(schedule, claim.now, overlapping=overlapping)
+        except UnreadableScheduleError as error:
+            claim.reject(schedule, str(error))
+            return ()
+        except Exception as error:  # noqa: BLE001 -- a fault of ours, with this one only
+            _log.exception(Event.FIRING_FAILED, task_id=schedule.task_id, code="internal_error")
+            claim.reject(schedule, f"{type(error).__name__} while it was to be claimed; see the beat's log")
+            return ()
+        claim.settle(schedule, slots, rest)
+        return slots
 
     def _send(self, unsent: Unsent) -> None:
         """Enqueue committed runs; where that fails the pulse will, so it is no reason to claim no more."""

@@ -55,22 +55,21 @@ class Pulse:
         self._heartbeat = heartbeat
         self._stopping = stopping
         self._seen_at = float("-inf")
+        self._wake_at = 0.0
         self._failures = 0
 
     def once(self) -> float:
         """Do one round; return how many seconds to wait before the next. Never raises."""
         try:
+            # However long waking pauses: a node that waits for its broker is alive.
             self._show_life()
-            self._wake()
+            if monotonic() >= self._wake_at:
+                self._wake()
+                self._failures = 0
         except TransientError as error:
-            pause = self._pause()
-            _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error), delay=pause)
-            return pause
+            _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error), delay=self._pause())
         except Exception:  # noqa: BLE001 -- it heals everything else, so nothing may end it
-            pause = self._pause()
-            _log.exception(Event.PULSE_FAILED, code="internal_error", delay=pause)
-            return pause
-        self._failures = 0
+            _log.exception(Event.PULSE_FAILED, code="internal_error", delay=self._pause())
         # Uneven, so that many nodes do not ask for the lock at the same moment for ever.
         return PERIOD * uniform(0.8, 1.2)  # noqa: S311 -- spread, no secret
 
@@ -89,7 +88,9 @@ class Pulse:
 
     def _pause(self) -> float:
         self._failures += 1
-        return min(PERIOD * self._failures, _LONGEST_PAUSE)
+        pause = min(PERIOD * self._failures, _LONGEST_PAUSE)
+        self._wake_at = monotonic() + pause
+        return pause
 
     def _show_life(self) -> None:
         if monotonic() - self._seen_at >= self._heartbeat:

@@ -100,12 +100,22 @@ def read_zone(name: str) -> ZoneInfo:
     """
     if name in _zone_names():
         return ZoneInfo(name)
+    raise UnreadableScheduleError(_refusal_of_zone(name))
+
+
+@lru_cache(maxsize=4096)
+def _refusal_of_zone(name: str) -> str:
+    """Return why a name is refused; remembered, for a table may have the same wrong one in every row."""
+    close = get_close_matches(name[:MAX_LENGTH].lower(), _zone_spellings(), n=1, cutoff=0.8)
+    proposal = f"; did you mean '{_zone_spellings()[close[0]]}'?" if close else ""
+    return f"'{_printable(name)}' is no IANA time zone{proposal}"
+
+
+@lru_cache(maxsize=1)
+def _zone_spellings() -> dict[str, str]:
     # Nobody who writes "GMT+8" means "Etc/GMT+8", which is eight hours behind Greenwich.
     spellings = {zone.lower(): zone for zone in sorted(_zone_names()) if not re.search("[0-9]", zone)}
-    spellings = {spelling.rpartition("/")[2]: zone for spelling, zone in spellings.items()} | spellings
-    close = get_close_matches(name[:MAX_LENGTH].lower(), spellings, n=1, cutoff=0.8)
-    proposal = f"; did you mean '{spellings[close[0]]}'?" if close else ""
-    raise UnreadableScheduleError(f"'{_printable(name)}' is no IANA time zone{proposal}")
+    return {spelling.rpartition("/")[2]: zone for spelling, zone in spellings.items()} | spellings
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,16 @@ from uuid import uuid4
 
 import pytest
 
-from orchestrator.domain import CrawlArguments, MisfirePolicy, NewRun, Node, Trigger, slot_run_id, traceparent_of
+from orchestrator.domain import (
+    CrawlArguments,
+    FiringReason,
+    MisfirePolicy,
+    NewRun,
+    Node,
+    Trigger,
+    slot_run_id,
+    traceparent_of,
+)
 from orchestrator.explain import Explanation, Verdict, why
 from orchestrator.insights import Insights
 from orchestrator.timetable import Timetable
@@ -171,7 +180,7 @@ def test_paused_names_who_and_why(tomorrow: Rota) -> None:
     answer = ask(tomorrow, slot)
 
     assert answer.verdict is Verdict.PAUSED
-    assert "for ann had paused it at" in said(answer)
+    assert "for ann paused it at" in said(answer)
     assert "(the site is down)" in said(answer)
     ahead = ask(tomorrow, slot + timedelta(minutes=1))
     assert ahead.verdict is Verdict.NOT_DUE_YET
@@ -378,3 +387,7 @@ def test_a_slot_without_a_record_is_not_explained_away(rota: Rota) -> None:
 
     assert (answer.verdict, answer.before) == (Verdict.NOT_RECORDED, at("12:05"))
     assert "the ledger has no record of it" in said(answer)
+
+
+def test_every_reason_of_a_firing_is_a_verdict() -> None:
+    assert {reason.value for reason in FiringReason} <= {verdict.value for verdict in Verdict}

@@ -1,6 +1,8 @@
 """Which workers and beats there are, by their own signs of life."""
 
-from sqlalchemy import func, literal, select
+from datetime import timedelta
+
+from sqlalchemy import delete, func, literal, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from orchestrator.db import Database
@@ -38,6 +40,9 @@ class NodeLedger:
         if first:
             values |= {"started_at": clock}
         with self._database.transaction() as connection:
+            if first:
+                # Names are unique, so those that were killed would be listed for ever.
+                connection.execute(delete(nodes).where(nodes.c.seen_at < clock - timedelta(days=1)))
             # The next one follows soon: not worth waiting for the disk.
             connection.execute(select(func.set_config("synchronous_commit", "off", literal(value=True))))
             connection.execute(

@@ -7,7 +7,7 @@ one. The moments of a decision come from one clock, the database's.
 Deliberately unknown here: what a schedule's text means, and which slots fire; a :class:`Reader` and the engine say so.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,6 +19,7 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     Connection,
+    Double,
     FromClause,
     Insert,
     Row,
@@ -77,11 +78,12 @@ from orchestrator.schema import (
 )
 from orchestrator.telemetry import Event, logger
 
-CHUNK: Final = 20_000
-"""Crawl tasks that one transaction compares at most."""
+CHUNK: Final = 5_000
+"""Crawl tasks that one transaction compares and reads at most: what is due waits for it, and so do others' looks."""
 OVERLAP: Final = timedelta(seconds=60)
 """How far a look by ``updated_at`` reaches back: a transaction commits later than the moment that it notes."""
 
+_SLOWEST_SENDER: Final = 1_000  # wake-ups a second; where each is confirmed by itself, a large batch takes a while
 _SHOWN: Final = 20  # problems that are logged of one look; `orchestrator schedules` has them all
 _log = logger(__name__)
 _MOMENT: Final = TIMESTAMP(timezone=True)
@@ -119,11 +121,13 @@ class Look(NamedTuple):
         kind: which it was; none when it was not time for any, or another process was looking.
         more: there is more to look at, at once.
         has_updates: whether the table has ``updated_at``.
+        swept_in: seconds since the beginning of the sweep that it completed.
     """
 
     kind: Literal["updates", "sweep"] | None = None
     more: bool = False
     has_updates: bool = False
+    swept_in: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,57 +216,66 @@ class ScheduleLedger:
             if watch is None:
                 return Look()
             now = self._clock(connection)
-            with mismatch_explained():
-                source = self._catalog.schedules(connection)
-                if source.has_updated_at and watch.swept_at is not None and _over(watch.looked_at, now, every):
-                    more = self._look_at_updates(connection, source, reader, watch.looked_at, by)
-                    return Look("updates", more or watch.sweep_began_at is not None, has_updates=True)
-                if watch.sweep_began_at is None and _over(watch.swept_at, now, sweep_every):
-                    watch = connection.execute(_BEGIN_SWEEP, {"now": now}).one()
-                if watch.sweep_began_at is not None:
-                    more = self._sweep_on(connection, source, reader, watch.sweep_after, by)
-                    return Look("sweep", more, source.has_updated_at)
-        return Look()
+            source = self._catalog.schedules(connection)
+            sweep_is_due = watch.sweep_began_at is None and _over(watch.swept_at, now, sweep_every)
+            if source.has_updated_at and watch.swept_at is not None and _over(watch.looked_at, now, every):
+                many = self._look_at_updates(connection, source, reader, watch.looked_at, by)
+                if many:
+                    # Chunk by chunk in the order of ids: another look would compare what has been read all over again.
+                    connection.execute(_BEGIN_SWEEP, {"now": now})
+                more = many or sweep_is_due or watch.sweep_began_at is not None
+                return Look("updates", more, has_updates=True)
+            if sweep_is_due:
+                watch = connection.execute(_BEGIN_SWEEP, {"now": now}).one()
+            if watch.sweep_began_at is None:
+                return Look()
+            more = self._sweep_on(connection, source, reader, watch.sweep_after, by)
+            took = None if more else (self._clock(connection) - watch.sweep_began_at).total_seconds()
+            return Look("sweep", more, source.has_updated_at, took)
 
     def _look_at_updates(
         self, connection: Connection, source: ScheduleSource, reader: Reader, since: datetime | None, by: str
     ) -> bool:
-        """Read what was edited lately; return whether there is more."""
+        """Read what was edited lately, at most a chunk of it; return whether it was a whole one."""
         now = self._clock(connection)
         theirs = source.rows
         # Compared first, so that what has been read costs no more than the comparison.
-        rows = connection.execute(
+        statement = (
             select(*_said(theirs), schedules.c.task_id.label("known"))
             .select_from(theirs.outerjoin(schedules, schedules.c.task_id == theirs.c.task_id))
             .where(theirs.c.updated_at >= min(since or now, now) - OVERLAP, _differs(theirs, schedules, reader))
             .limit(CHUNK)
-        ).all()
+        )
+        with mismatch_explained():
+            rows = connection.execute(statement).all()
         self._read_again(connection, source, reader, rows, by)
-        more = len(rows) == CHUNK
-        if not more:
-            connection.execute(update(catalog_watch).values(looked_at=now))
-        return more
+        connection.execute(update(catalog_watch).values(looked_at=now))
+        return len(rows) == CHUNK
 
     def _sweep_on(self, connection: Connection, source: ScheduleSource, reader: Reader, after: int, by: str) -> bool:
         """Compare one chunk of the whole table; return whether there is more."""
         theirs = source.rows
         # By ranges of ids: a chunk costs the same whether all of its rows have changed or none.
-        upto = connection.scalar(
+        end = (
             select(theirs.c.task_id)
             .where(theirs.c.task_id > after)
             .order_by(theirs.c.task_id)
             .offset(CHUNK - 1)
             .limit(1)
         )
+        with mismatch_explained():
+            upto = connection.scalar(end)
         theirs = select(theirs).where(theirs.c.task_id > after, theirs.c.task_id <= (upto or MAX_BIGINT)).subquery()
         ours = (
             select(schedules).where(schedules.c.task_id > after, schedules.c.task_id <= (upto or MAX_BIGINT)).subquery()
         )
-        rows = connection.execute(
+        statement = (
             select(*_said(theirs), ours.c.task_id.label("known"))
             .select_from(theirs.join(ours, theirs.c.task_id == ours.c.task_id, full=True))
             .where(_differs(theirs, ours, reader))
-        ).all()
+        )
+        with mismatch_explained():
+            rows = connection.execute(statement).all()
         self._read_again(connection, source, reader, rows, by)
         connection.execute(_END_SWEEP if upto is None else update(catalog_watch).values(sweep_after=upto))
         return upto is not None
@@ -291,12 +304,13 @@ class ScheduleLedger:
     ) -> Sequence[Row[Any]]:
         """Return the application's rows of locked schedules where they differ from our reading, and that beside."""
         theirs = source.rows
-        return connection.execute(
+        statement = (
             select(*_said(theirs), *(each.label(f"our_{each.name}") for each in schedules.c))
             .select_from(schedules.outerjoin(theirs, theirs.c.task_id == schedules.c.task_id))
-            .where(schedules.c.task_id == func.any(bindparam("ids", type_=_IDS)), _differs(theirs, schedules, reader)),
-            {"ids": locked},
-        ).all()
+            .where(schedules.c.task_id == func.any(bindparam("ids", type_=_IDS)), _differs(theirs, schedules, reader))
+        )
+        with mismatch_explained():
+            return connection.execute(statement, {"ids": locked}).all()
 
     def _reread(
         self, connection: Connection, edited: Sequence[Row[Any]], reader: Reader, by: str
@@ -326,11 +340,9 @@ class ScheduleLedger:
                 unclaimed.append(_unclaimed(row, reading, reader, now))
         _warn(readings)
         _write_firings(connection, unclaimed, now, by)
-        connection.execute(_KEEP, {"ids": [row.our_task_id for row in past], "now": now})
-        connection.execute(
-            _UPDATE_READINGS,
-            _columns(readings) | {"rules": reader.rules, "now": now, "past": [row.our_task_id for row in past]},
-        )
+        replaced = {row.our_task_id for row in past}
+        connection.execute(_KEEP, {"ids": list(replaced), "now": now})
+        connection.execute(_UPDATE_READINGS, _columns(readings, replaced) | {"rules": reader.rules, "now": now})
         connection.execute(_FORGET, {"ids": [row.our_task_id for row in edited if row.task_id is None]})
         return reworded
 
@@ -373,8 +385,7 @@ class ScheduleLedger:
         self, connection: Connection, taken: dict[int, Row[Any]], reader: Reader, now: datetime, by: str
     ) -> Claim:
         ids = list(taken)
-        with mismatch_explained():
-            edited = self._edited(connection, self._catalog.schedules(connection), reader, ids)
+        edited = self._edited(connection, self._catalog.schedules(connection), reader, ids)
         reworded = self._reread(connection, edited, reader, by)
         for row in edited:
             if row.our_task_id not in reworded:
@@ -505,14 +516,15 @@ _READINGS: Final = _given(
     canonical=Text(),
     problem=Text(),
     next_fire_at=_MOMENT,
+    replaces=Boolean(),
 )
-_READ_COLUMNS: Final = [each.name for each in _READINGS.c]
+_READ_COLUMNS: Final = [each.name for each in _READINGS.c if each.name != "replaces"]
 _INSERT_READINGS: Final = (
     upsert(schedules)
     .from_select(
         [*_READ_COLUMNS, "rules", "first_seen_at", "read_at"],
         select(
-            *_READINGS.c,
+            *(_READINGS.c[name] for name in _READ_COLUMNS),
             bindparam("rules", type_=Text),
             bindparam("now", type_=_MOMENT),
             bindparam("now", type_=_MOMENT),
@@ -527,10 +539,7 @@ _UPDATE_READINGS: Final = (
         {name: _READINGS.c[name] for name in _READ_COLUMNS if name != "task_id"}
         | {
             "rules": bindparam("rules", type_=Text),
-            "read_at": case(
-                (_READINGS.c.task_id == func.any(bindparam("past", type_=_IDS)), bindparam("now", type_=_MOMENT)),
-                else_=schedules.c.read_at,
-            ),
+            "read_at": case((_READINGS.c.replaces, bindparam("now", type_=_MOMENT)), else_=schedules.c.read_at),
         }
     )
 )
@@ -657,7 +666,7 @@ _CUT_RANGES: Final = (
 )
 _REMEMBER: Final = (
     insert(outbox)
-    .values(run_ids=bindparam("ids", type_=ARRAY(Uuid)), due_at=from_now(ENQUEUE_GRACE))
+    .values(run_ids=bindparam("ids", type_=ARRAY(Uuid)), due_at=from_now(bindparam("grace", type_=Double)))
     .returning(outbox.c.id)
 )
 _ADVANCES: Final = _given(task_id=BigInteger(), next_fire_at=_MOMENT)
@@ -678,12 +687,13 @@ def _schedule_row(row: Row[Any]) -> ScheduleRow:
     return ScheduleRow(row.task_id, row.text, row.zone, row.active, row.misfire_policy, row.overlap_policy)
 
 
-def _columns(readings: Sequence[Reading]) -> dict[str, object]:
+def _columns(readings: Sequence[Reading], replaced: Container[int] = ()) -> dict[str, object]:
     return {
         **{f"{name}s": [getattr(each.row, name) for each in readings] for name in ("task_id", *_COMPARED)},
         "canonicals": [each.canonical for each in readings],
         "problems": [each.problem for each in readings],
         "next_fire_ats": [each.next_fire_at for each in readings],
+        "replacess": [each.row.task_id in replaced for each in readings],
     }
 
 
@@ -763,7 +773,8 @@ def _write_firings(
     ).all()
     if not started:
         return NOTHING_UNSENT
-    batch = connection.scalar(_REMEMBER, {"ids": [run.id for run in started]})
+    grace = ENQUEUE_GRACE + len(started) / _SLOWEST_SENDER
+    batch = connection.scalar(_REMEMBER, {"ids": [run.id for run in started], "grace": grace})
     return Unsent(batch, [WakeUp(run.id, CrawlArguments(run.task_id), run.traceparent) for run in started])
 
 

@@ -167,6 +167,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("task_id", name=op.f("schedules_pkey")),
         schema=schema,
+        postgresql_with={"autovacuum_vacuum_scale_factor": 0.02, "fillfactor": 80},
     )
     op.create_index(
         "schedules_next_fire_at_task_id_idx",
