@@ -26,6 +26,7 @@ GRACE: Final = timedelta(seconds=60)
 _CELERY_ID_NAMESPACE: Final = UUID("6f1d7ad4-3a0b-5c52-9d3c-6a7b0f0c8e11")
 # The same of runs that a schedule starts.
 _SLOT_NAMESPACE: Final = UUID("b3f0c7a2-58d1-5e0c-8a41-2f9d6b7e4c35")
+_SLOT_HASH: Final = sha1(_SLOT_NAMESPACE.bytes, usedforsecurity=False)
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -274,7 +275,10 @@ def slot_run_id(task_id: int, slot: datetime) -> UUID:
 
     No generation of the schedule is part of it, so that no edit and no restart can make a second run of a slot.
     """
-    return uuid5(_SLOT_NAMESPACE, f"{task_id}@{_stamp(slot)}")
+    # uuid5 by its definition, for it is asked for thousands at a time.
+    digest = _SLOT_HASH.copy()
+    digest.update(f"{task_id}@{_stamp(slot)}".encode())
+    return UUID(bytes=digest.digest()[:16], version=5)
 
 
 @lru_cache(maxsize=10_000)  # thousands of tasks share a slot, and formatting takes longer than all the rest
@@ -441,8 +445,8 @@ class DueSchedule:
     misfire_policy: str | None
     overlap_policy: str | None
     next_fire_at: datetime
-    paused: bool
-    resumed_at: datetime | None
+    paused: bool = False
+    resumed_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

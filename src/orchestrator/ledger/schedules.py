@@ -175,7 +175,9 @@ class Claim:
     def reject(self, schedule: DueSchedule, problem: str) -> None:
         """Say that a schedule cannot be read any more: its zone, for instance, has left the system's database."""
         slot = schedule.next_fire_at
-        self._firings.append(Firing(schedule.task_id, slot, FiringOutcome.SKIPPED, FiringReason.INVALID))
+        # Nobody can tell how many slots have come since.
+        through = self.now if self.now > slot else None
+        self._firings.append(Firing(schedule.task_id, slot, FiringOutcome.SKIPPED, FiringReason.INVALID, through))
         self._problems[schedule.task_id] = problem
 
 
@@ -212,6 +214,8 @@ class ScheduleLedger:
             by: who looks.
         """
         with self._database.transaction() as connection:
+            # Not worth waiting for the disk each second: what a crash loses is looked at again.
+            connection.execute(_NO_WAIT)
             watch = connection.execute(_WATCH).one_or_none()
             if watch is None:
                 return Look()
@@ -376,7 +380,7 @@ class ScheduleLedger:
             now = self._clock(connection)
             after, until = (_LONG_AGO, now - GRACE) if late else (now - GRACE, now)
             rows = connection.execute(_TAKE, {"after": after, "until": until, "limit": limit})
-            taken = {row.task_id: row for row in rows}
+            taken = {row.task_id: row for row in rows.all()}
             claim = self._claim(connection, taken, reader, now, by) if taken else Claim(now)
             yield claim
             claim.unsent = _commit(connection, claim, by)
@@ -392,7 +396,10 @@ class ScheduleLedger:
                 taken.pop(row.our_task_id, None)  # a view may have an id twice
         paused = {row.task_id: row for row in connection.execute(_PAUSES, {"ids": ids})}
         overlapping = frozenset(connection.scalars(_OVERLAPPING, {"ids": ids}))
-        due = [_due(row, reworded.get(task_id), paused.get(task_id)) for task_id, row in taken.items()]
+        if reworded or paused:
+            due = [_due(row, reworded.get(task_id), paused.get(task_id)) for task_id, row in taken.items()]
+        else:
+            due = [DueSchedule(*tuple(row)) for row in taken.values()]
         return Claim(now, due, overlapping, len(edited) - len(reworded))
 
     # --- Control -------------------------------------------------------------------------------------------
@@ -481,6 +488,7 @@ def _given(**columns: TypeEngine[Any]) -> TableValuedAlias:
     )
 
 
+_NO_WAIT: Final = select(func.set_config("synchronous_commit", "off", literal(value=True)))
 _WATCH: Final = select(catalog_watch).with_for_update(skip_locked=True)
 _BEGIN_SWEEP: Final = (
     update(catalog_watch).values(sweep_began_at=bindparam("now", type_=_MOMENT), sweep_after=0).returning(catalog_watch)
@@ -560,8 +568,9 @@ _FIRST: Final = select(func.min(schedules.c.next_fire_at)).where(schedules.c.nex
 _BACKLOG: Final = select(func.count()).select_from(
     select(literal(1)).where(runs.c.state == bindparam("state")).limit(bindparam("limit")).subquery()
 )
-_TAKE: Final = (
-    select(schedules)
+_DUE: Final = ("task_id", "canonical", "zone", "misfire_policy", "overlap_policy", "next_fire_at")  # as DueSchedule's
+_TAKE: Final[Select[Any]] = (
+    select(*(schedules.c[name] for name in _DUE))
     .where(
         schedules.c.next_fire_at > bindparam("after", type_=_MOMENT),
         schedules.c.next_fire_at <= bindparam("until", type_=_MOMENT),
@@ -689,12 +698,17 @@ def _schedule_row(row: Row[Any]) -> ScheduleRow:
 
 def _columns(readings: Sequence[Reading], replaced: Container[int] = ()) -> dict[str, object]:
     return {
-        **{f"{name}s": [getattr(each.row, name) for each in readings] for name in ("task_id", *_COMPARED)},
+        **{f"{name}s": _sparse([getattr(each.row, name) for each in readings]) for name in ("task_id", *_COMPARED)},
         "canonicals": [each.canonical for each in readings],
-        "problems": [each.problem for each in readings],
+        "problems": _sparse([each.problem for each in readings]),
         "next_fire_ats": [each.next_fire_at for each in readings],
         "replacess": [each.row.task_id in replaced for each in readings],
     }
+
+
+def _sparse(values: list[Any]) -> list[Any]:
+    """Return no values where there are none but nulls: unnest fills up with nulls, and sending them takes longer."""
+    return values if any(value is not None for value in values) else []
 
 
 def _warn(readings: Sequence[Reading]) -> None:
@@ -759,9 +773,9 @@ def _write_firings(
         {
             "task_ids": [each.task_id for each in slots],
             "scheduled_fors": [each.scheduled_for for each in slots],
-            "throughs": [each.through for each in slots],
+            "throughs": _sparse([each.through for each in slots]),
             "outcomes": [each.outcome.value for each in slots],
-            "reasons": [each.reason and each.reason.value for each in slots],
+            "reasons": _sparse([each.reason and each.reason.value for each in slots]),
             "run_ids": [
                 slot_run_id(each.task_id, each.scheduled_for) if each.outcome is FiringOutcome.STARTED else None
                 for each in slots
