@@ -6,6 +6,8 @@ their wake-ups are sent; one that gets lost is sent by the pulse.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from math import inf
 from time import monotonic
 from typing import Final
@@ -168,10 +170,18 @@ class FiringEngine:
             return ()
         except Exception as error:  # noqa: BLE001 -- a fault of ours, with this one only
             _log.exception(Event.FIRING_FAILED, task_id=schedule.task_id, code="internal_error")
-            claim.reject(schedule, f"{type(error).__name__} while it was to be claimed; see the beat's log")
+            problem = f"{type(error).__name__} while it was to be claimed; see the beat's log"
+            claim.reject(schedule, problem, self._last_due(schedule, claim.now))
             return ()
         claim.settle(schedule, slots, rest)
         return slots
+
+    def _last_due(self, schedule: DueSchedule, now: datetime) -> datetime | None:
+        """Return the last slot that has come, if that can be told of a schedule with which something is wrong."""
+        with suppress(Exception):
+            last = self._timetable.last_slot(schedule.canonical, schedule.zone, schedule.next_fire_at, now)
+            return last if last > schedule.next_fire_at else None
+        return None
 
     def _send(self, unsent: Unsent) -> None:
         """Enqueue committed runs; where that fails the pulse will, so it is no reason to claim no more."""

@@ -172,11 +172,15 @@ class Claim:
         self._firings.extend(slots)
         self._advances[schedule.task_id] = next_fire_at
 
-    def reject(self, schedule: DueSchedule, problem: str) -> None:
-        """Say that a schedule cannot be read any more: its zone, for instance, has left the system's database."""
+    def reject(self, schedule: DueSchedule, problem: str, through: datetime | None = None) -> None:
+        """Say that a schedule cannot be read any more: its zone, for instance, has left the system's database.
+
+        Args:
+            schedule: one of those that are due.
+            problem: why, for people.
+            through: the last of its slots that have come, where there are more than one.
+        """
         slot = schedule.next_fire_at
-        # Nobody can tell how many slots have come since.
-        through = self.now if self.now > slot else None
         self._firings.append(Firing(schedule.task_id, slot, FiringOutcome.SKIPPED, FiringReason.INVALID, through))
         self._problems[schedule.task_id] = problem
 
