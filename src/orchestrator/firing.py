@@ -33,6 +33,7 @@ SHARE: Final = 0.05
 _BUDGET: Final = 2.0  # seconds that claiming may take in one round
 _SCHEDULES: Final = 2_000  # in one claim
 _FIRINGS: Final = 5_000  # in one claim, and those of one schedule more
+_COUNT_AGAIN: Final = 10_000  # runs that one counting of those that wait is good for: it costs as much as a claim
 _OTHERS_TURN: Final = 0.05  # seconds, while other beats have taken all that is due
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while something is down
 
@@ -124,41 +125,44 @@ class FiringEngine:
     def _claim(self) -> float:
         """Claim what is due, for a while; return how many seconds to wait."""
         give_up_at = monotonic() + _BUDGET
+        room = 0
         while monotonic() < give_up_at and not self._stopping():
             due_in = self._ledger.schedules.next_due_in()
             if due_in is None or due_in > 0:
                 return LONGEST_SLEEP if due_in is None else min(due_in, LONGEST_SLEEP)
-            if self._is_held_back():
+            if room <= 0:
+                room = min(self._room(), _COUNT_AGAIN)
+            if room <= 0:
                 return LONGEST_SLEEP
             on_time, late = self._claim_some(late=False), self._claim_some(late=True)
-            if not (on_time or late):
+            if on_time is None and late is None:
                 return _OTHERS_TURN
+            room -= (on_time or 0) + (late or 0)
         return 0.0
 
-    def _is_held_back(self) -> bool:
+    def _room(self) -> int:
+        """Return how many more runs may wait for a worker."""
         queued = self._ledger.schedules.backlog(self._max_queued)
         held_back = queued >= self._max_queued
         if held_back and not self._held_back:
             _log.warning(Event.SLOTS_HELD_BACK, queued=queued)
         self._held_back = held_back
-        return held_back
+        return self._max_queued - queued
 
-    def _claim_some(self, *, late: bool) -> bool:
-        """Claim a batch; return whether there was anything that others had not taken."""
-        counts: Counter[FiringOutcome] = Counter()
-        latest = 0.0
+    def _claim_some(self, *, late: bool) -> int | None:
+        """Claim a batch; return how many runs that made, none where others had taken all there was."""
+        outcomes: list[FiringOutcome] = []
         with self._ledger.schedules.claim(self._timetable, late=late, limit=_SCHEDULES, by=self._node) as claim:
             for schedule in claim.due:
-                slots = self._settle(claim, schedule)
-                counts.update(slot.outcome for slot in slots)
-                latest = max(latest, (claim.now - schedule.next_fire_at).total_seconds())
-                if counts.total() >= _FIRINGS:
+                outcomes += [slot.outcome for slot in self._settle(claim, schedule)]
+                if len(outcomes) >= _FIRINGS:
                     break
-        if counts:
-            by_outcome = {outcome.value: count for outcome, count in counts.items()}
+        if outcomes:
+            by_outcome = {outcome.value: count for outcome, count in Counter(outcomes).items()}
+            latest = (claim.now - claim.due[0].next_fire_at).total_seconds()  # the longest due comes first
             _log.info(Event.SLOTS_CLAIMED, **by_outcome, latest=round(latest, 3))
         self._send(claim.unsent)
-        return bool(claim.due or claim.edited)
+        return len(claim.unsent.wake_ups) if claim.due or claim.edited else None
 
     def _settle(self, claim: Claim, schedule: DueSchedule) -> Sequence[Firing]:
         """Decide on the slots of one schedule; whatever is wrong with it must not keep the others from firing."""

@@ -8,6 +8,7 @@ slot gets a record, long rows of missed ones a common one.
 from collections import deque
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import lru_cache
 from itertools import islice
 from typing import Final, TypeVar
 
@@ -23,7 +24,7 @@ from orchestrator.domain import (
     ScheduleRow,
 )
 from orchestrator.errors import UnreadableScheduleError
-from orchestrator.schedule import parse, read_zone
+from orchestrator.schedule import Schedule, parse, read_zone
 
 SINGLY: Final = 100
 """Missed slots that do not fire are recorded one by one up to so many a schedule; those before as one range."""
@@ -72,14 +73,12 @@ class Timetable:
         if row.text is None:
             return Reading(row)
         try:
-            schedule = parse(row.text).spread(row.task_id, self._spread)
-            read_zone(row.zone)
-            _policy("misfire_policy", row.misfire_policy, self._misfire_policy)
-            _policy("overlap_policy", row.overlap_policy, self._overlap_policy)
+            schedule = _read(row.text, row.zone, row.misfire_policy, row.overlap_policy)
+            canonical = schedule.spread(row.task_id, self._spread).canonical
+            first = self.next_after(canonical, row.zone, after) if row.active else None
         except UnreadableScheduleError as error:
             return Reading(row, problem=str(error))
-        canonical = schedule.canonical
-        return Reading(row, canonical, None, self.next_after(canonical, row.zone, after) if row.active else None)
+        return Reading(row, canonical, None, first)
 
     def next_after(self, canonical: str, zone: str, moment: datetime) -> datetime | None:
         """Return the first slot after a moment; none when there is none within decades."""
@@ -174,6 +173,20 @@ class Timetable:
             if len(slots) == most or start <= first:
                 return list(slots)
             back *= 2
+
+
+@lru_cache(maxsize=10_000)  # a million rows have far fewer texts
+def _read(text: str, zone: str, misfire_policy: str | None, overlap_policy: str | None) -> Schedule:
+    """Read all that a row says.
+
+    Raises:
+        UnreadableScheduleError: any of it cannot be read.
+    """
+    schedule = parse(text)
+    read_zone(zone)
+    _policy("misfire_policy", misfire_policy, MisfirePolicy.FIRE_ONCE)
+    _policy("overlap_policy", overlap_policy, OverlapPolicy.SKIP)
+    return schedule
 
 
 _SKIPPING: Final = frozenset({FiringReason.PAUSED, FiringReason.OVERLAP})
