@@ -17,6 +17,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import psycopg
+import sqlalchemy.orm  # noqa: F401 -- before the threads: half imported by one of them, it fails SQLAlchemy in another
 from amqp.exceptions import PreconditionFailed
 from kombu import Queue
 from kombu.utils.url import url_to_parts
