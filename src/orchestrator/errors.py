@@ -89,6 +89,11 @@ class ScheduleNotFoundError(RefusedError):
 
     code = "schedule_not_found"
 
+    def __init__(self, task_id: int) -> None:
+        super().__init__(
+            f"the scheduler knows no crawl task {task_id}: there is no such row, or no beat has seen it yet"
+        )
+
 
 class IllegalTransitionError(RefusedError):
     """The run's present state does not allow what was asked."""

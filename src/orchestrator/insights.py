@@ -321,9 +321,7 @@ class Insights:
         """
         views = self.schedules(limit=1, task_id=task_id)
         if not views:
-            raise ScheduleNotFoundError(
-                f"the scheduler knows no crawl task {task_id}: there is no such row, or no beat has seen it yet"
-            )
+            raise ScheduleNotFoundError(task_id)
         return views[0]
 
     def invalid(self) -> int:

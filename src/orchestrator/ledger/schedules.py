@@ -812,9 +812,7 @@ def _commit(connection: Connection, claim: Claim, by: str) -> Unsent:
 def _require(connection: Connection, task_id: int) -> None:
     found = select(schedules.c.task_id).where(schedules.c.task_id == task_id).with_for_update(key_share=True)
     if connection.scalar(found) is None:
-        raise ScheduleNotFoundError(
-            f"the scheduler knows no crawl task {task_id}: there is no such row, or no beat has seen it yet"
-        )
+        raise ScheduleNotFoundError(task_id)
 
 
 def _audit(
