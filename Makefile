@@ -11,7 +11,7 @@ BIN = .venv/bin
 UV = $(BIN)/uv
 
 .DEFAULT_GOAL = help
-.PHONY: help setup venv services demo test check bench faults lock migration clean
+.PHONY: help setup venv services demo test check bench faults compat lock migration clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ bench: venv services ## measure: every script of tests/bench, one after the othe
 faults: venv services ## the fault tests, ROUNDS times each
 	@FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults --timeout=0 $(ARGS)
 
+compat: venv services ## acceptance and a few faults on old and new servers; writes docs/compatibility.md (root, Debian)
+	@$(BIN)/python -m scripts.compat $(ARGS)
+
 lock: venv ## resolve requirements.lock anew from pyproject.toml (ARGS=--upgrade: newest versions)
 	$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --generate-hashes \
 	    --no-emit-index-url --custom-compile-command 'make lock' --quiet --output-file requirements.lock $(ARGS)
@@ -56,5 +59,5 @@ migration: venv ## write the next migration from the difference to schema.py: ma
 	@$(BIN)/ruff format --quiet src/orchestrator/migrations/versions
 
 clean: ## remove everything that was made here
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .compat .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +

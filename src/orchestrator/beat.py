@@ -22,6 +22,7 @@ from orchestrator import bootstrap
 from orchestrator.domain import Node
 from orchestrator.errors import ConfigurationError
 from orchestrator.firing import LONGEST_SLEEP, FiringEngine
+from orchestrator.health import BrokerWatch
 from orchestrator.pulse import Pulse
 from orchestrator.settings import current
 from orchestrator.telemetry import configure_logging
@@ -79,7 +80,7 @@ class Scheduler(CeleryScheduler):
     """Celery's scheduler interface over ours. Celery makes a second, lazy instance: no side effects here."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._rounds: tuple[FiringEngine, Pulse] | None = None
+        self._parts: tuple[FiringEngine, Pulse, BrokerWatch] | None = None
         self._pulse_at = 0.0
         super().__init__(*args, **kwargs)
 
@@ -88,9 +89,9 @@ class Scheduler(CeleryScheduler):
 
     def tick(self, *_: object, **__: object) -> float:
         """Do a round; return how many seconds to sleep."""
-        if self._rounds is None:
-            self._rounds = self._begin()
-        firing, pulse = self._rounds
+        if self._parts is None:
+            self._parts = self._begin()
+        firing, pulse, _watch = self._parts
         with _termination.round():
             wait = firing.once()
             # After the firing, so that the heartbeat tells how that went.
@@ -99,24 +100,28 @@ class Scheduler(CeleryScheduler):
         return max(0.0, min(wait, self._pulse_at - monotonic(), LONGEST_SLEEP))
 
     @staticmethod
-    def _begin() -> tuple[FiringEngine, Pulse]:
+    def _begin() -> tuple[FiringEngine, Pulse, BrokerWatch]:
         try:
             bootstrap.await_migrated()
         except ConfigurationError as error:
             sys.stderr.write(f"orchestrator: {error}\n")
             raise SystemExit(2) from None
         # Unique: the beats of one host would otherwise share Celery's name for them.
-        name = f"beat@{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
-        return bootstrap.services().beat(Node(name, "beat"))
+        host = socket.gethostname()
+        name = f"beat@{host}:{os.getpid()}:{uuid4().hex[:8]}"
+        firing, pulse, watch = bootstrap.services().beat(Node(name, "beat", host=host))
+        watch.start()
+        return firing, pulse, watch
 
     def sync(self) -> None:
         """There is nothing to write: the ledger has it."""
 
     def close(self) -> None:
         """Sign off."""
-        if self._rounds is not None:
-            _, pulse = self._rounds
-            self._rounds = None
+        if self._parts is not None:
+            _, pulse, watch = self._parts
+            self._parts = None
+            watch.stop()
             pulse.sign_off()
             bootstrap.home.close()
 

@@ -18,10 +18,11 @@ from orchestrator.celery_app import Sender, conninfo
 from orchestrator.db import Database
 from orchestrator.discovery import DiscoveryClient, RetryPolicy
 from orchestrator.dispatch import FanOut
-from orchestrator.domain import MisfirePolicy, Node, OverlapPolicy
+from orchestrator.domain import Health, MisfirePolicy, Node, OverlapPolicy
 from orchestrator.embedded import EmbeddedPostgres, ServerConfig
 from orchestrator.errors import TransientError
 from orchestrator.firing import FiringEngine
+from orchestrator.health import Attendance, BrokerWatch
 from orchestrator.insights import Insights
 from orchestrator.ledger import Ledger
 from orchestrator.pulse import Pulse
@@ -50,17 +51,27 @@ class Services:
     fan_out: FanOut
     analyser: SiteAnalyser
 
-    def pulse(self, node: Node) -> Pulse:
-        """Make the pulse of a node."""
-        return Pulse(self.ledger, self.sender.wake, node)
+    def pulse(self, node: Node, attendance: Attendance) -> tuple[Pulse, BrokerWatch]:
+        """Make the pulse of a worker, whose heartbeats say whether it takes messages."""
+        watch = _broker_watch()
 
-    def beat(self, node: Node) -> tuple[FiringEngine, Pulse]:
+        def health() -> Health:
+            return Health("it is stopping" if stopping() else attendance.problem, watch.degraded)
+
+        return Pulse(self.ledger, self.sender.wake, node, health=health), watch
+
+    def beat(self, node: Node) -> tuple[FiringEngine, Pulse, BrokerWatch]:
         """Make what a beat does each tick; its heartbeats say what keeps schedules from firing."""
+        watch = _broker_watch()
         limit = self.settings.scheduler.max_queued
         wake = self.sender.wake
         firing = FiringEngine(self.ledger, self.timetable, wake, node.name, max_queued=limit, stopping=stopping)
-        pulse = Pulse(self.ledger, wake, node, problem=lambda: firing.problem, heartbeat=0.0, stopping=stopping)
-        return firing, pulse
+
+        def health() -> Health:
+            return Health(firing.problem, watch.degraded)
+
+        pulse = Pulse(self.ledger, wake, node, health=health, heartbeat=0.0, stopping=stopping)
+        return firing, pulse, watch
 
     def caps(self, node: Node | None) -> Caps:
         """Return how many Discovery calls may be under way.
@@ -75,6 +86,42 @@ class Services:
         return Caps(cap, max(1, node.concurrency - (1 if serves_both else 0)))
 
 
+class Links:
+    """Makes what reaches out of this process: every fault comes by one of these.
+
+    Fault tests derive theirs, to crash before or after a call or to time it, and have their processes :func:`use` it.
+    """
+
+    def database(self, settings: Settings) -> Database:
+        """Return the way to the database."""
+        return Database(conninfo(settings), settings.schema_name)
+
+    def sender(self) -> Sender:
+        """Return the way to our own queues."""
+        return Sender()
+
+    def publisher(self, settings: Settings, database: Database) -> Publisher:
+        """Return the way to the extraction queue."""
+        if settings.extraction_transport == "pgmq":
+            return PostgresPublisher(settings.extraction_queue, database.transaction)
+        url = settings.extraction_url or settings.broker_url
+        return PerThread(lambda: RabbitMQPublisher(url, settings.extraction_queue))
+
+    def discovery(self, settings: Settings) -> DiscoveryClient:
+        """Return the way to the Discovery Service."""
+        return DiscoveryClient(settings.discovery_url, settings.discovery_timeout)
+
+
+_links = Links()
+
+
+def use(links: Links) -> None:
+    """Have services made from now on reach out by these."""
+    global _links  # noqa: PLW0603 -- a process has one composition root
+    _links = links
+    services.cache_clear()
+
+
 @cache
 def services() -> Services:
     """Return this process's services. Opens nothing yet.
@@ -83,10 +130,10 @@ def services() -> Services:
         ConfigurationError: a setting is unknown or malformed.
     """
     settings = current()
-    database = Database(conninfo(settings), settings.schema_name)
+    database = _links.database(settings)
     catalog = Catalog(settings.catalog, settings.timezone)
     ledger = Ledger(database, catalog)
-    publisher = _publisher(settings, database)
+    publisher = _links.publisher(settings, database)
     return Services(
         settings=settings,
         database=database,
@@ -95,7 +142,7 @@ def services() -> Services:
         insights=Insights(database),
         timetable=_timetable(settings.scheduler),
         publisher=publisher,
-        sender=Sender(),
+        sender=_links.sender(),
         fan_out=FanOut(
             ledger,
             catalog,
@@ -106,13 +153,18 @@ def services() -> Services:
         ),
         analyser=SiteAnalyser(
             ledger.analyses,
-            DiscoveryClient(settings.discovery_url, settings.discovery_timeout),
+            _links.discovery(settings),
             RetryPolicy(settings.discovery_max_retries, settings.discovery_retry_delay, settings.discovery_max_delay),
             timeout=settings.discovery_timeout,
             slice_seconds=settings.dispatch.slice_seconds,
             stopping=stopping,
         ),
     )
+
+
+def _broker_watch() -> BrokerWatch:
+    # A sender of its own: the other's turn may take as long as the broker hangs.
+    return BrokerWatch(_links.sender().probe)
 
 
 def _timetable(settings: SchedulerSettings) -> Timetable:
@@ -122,13 +174,6 @@ def _timetable(settings: SchedulerSettings) -> Timetable:
         timedelta(seconds=settings.catch_up_window),
         settings.spread,
     )
-
-
-def _publisher(settings: Settings, database: Database) -> Publisher:
-    if settings.extraction_transport == "pgmq":
-        return PostgresPublisher(settings.extraction_queue, database.transaction)
-    url = settings.extraction_url or settings.broker_url
-    return PerThread(lambda: RabbitMQPublisher(url, settings.extraction_queue))
 
 
 # One byte of memory shared with the children of a prefork pool, whom no signal tells of a warm shutdown.

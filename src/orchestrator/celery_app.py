@@ -26,7 +26,7 @@ from pamqp import commands
 from pydantic import SecretStr
 
 from orchestrator import embedded
-from orchestrator.domain import AnalysisArguments, Arguments, CrawlArguments, WakeUp, traceparent_of
+from orchestrator.domain import APP_ID, AnalysisArguments, Arguments, CrawlArguments, WakeUp, traceparent_of
 from orchestrator.errors import (
     BrokerUnreachableError,
     ConfigurationError,
@@ -117,7 +117,7 @@ def _common() -> dict[str, Any]:
         "broker_connection_timeout": 5,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
-        "broker_heartbeat": 30,
+        "broker_heartbeat": 10,  # a connection that nobody serves is noticed within 25 s
         "broker_pool_acquire_timeout": 10,  # the default waits for ever
         "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.5, "interval_max": 1},
         "beat_scheduler": "orchestrator.beat:Scheduler",
@@ -269,6 +269,24 @@ class Sender:
             else:
                 self._connected()
 
+    def probe(self, anew: bool = False) -> None:  # noqa: FBT001, FBT002 -- a callback's one argument
+        """Have RabbitMQ confirm a message that goes nowhere; in PostgreSQL there is no broker to ask.
+
+        Args:
+            anew: on a new connection, which declares the topology where it is missing.
+
+        Raises:
+            PublishError: the broker takes no messages.
+        """
+        with self._lock:
+            if self._line is None:
+                return
+            if anew:
+                self._line.close()
+            fate = self._line.send(_PROBE, [(_ANY_ID.encode(), b"{}")])
+        if fate.error is not None:
+            raise fate.error
+
     def close(self) -> None:
         """Let go of the connections."""
         with self._lock:
@@ -333,6 +351,15 @@ class Sender:
 
     def _errors_explained(self) -> "_ErrorsExplained":
         return _ErrorsExplained(self._drop)
+
+
+# To the default exchange and no queue: confirmed and dropped. Only who publishes is told of an alarm.
+_PROBE: Final = FrameTemplate(
+    "orchestrator.probe",
+    commands.Basic.Properties(app_id=APP_ID, delivery_mode=1, message_id=_ANY_ID),
+    _ANY_ID.encode(),
+    mandatory=False,
+)
 
 
 class _Envelope:

@@ -5,9 +5,10 @@ locks free themselves after ``idle_in_transaction_session_timeout``, or in the m
 ``tcp_user_timeout``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Final
+from time import monotonic
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import errors as pg
@@ -25,6 +26,11 @@ from orchestrator.errors import (
 from orchestrator.schema import SCHEMA
 
 CONNECT_TIMEOUT: Final = 5  # seconds
+SILENCE: Final = 5.0
+"""Seconds without a byte from the server after which it is asked whether it is still at it."""
+_ASKING: Final = 3  # seconds to connect within; with those before and the next connection 13 in all
+_LONGEST: Final = 130.0  # seconds; a statement's own time-out, and a little
+_BUSY: Final = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state IN ('active', 'fastpath function call')"
 _SESSION: Final = {
     "idle_in_transaction_session_timeout": "30s",
     "lock_timeout": "10s",
@@ -41,6 +47,8 @@ _TRANSIENT: Final = (
     pg.ReadOnlySqlTransaction,
     pg.IdleInTransactionSessionTimeout,
 )
+
+Answer = TypeVar("Answer")
 
 
 class Database:
@@ -87,7 +95,7 @@ class Database:
         return engine
 
     def _connect(self) -> psycopg.Connection:
-        connection = psycopg.connect(
+        connection = _Session.connect(
             self.conninfo,
             connect_timeout=CONNECT_TIMEOUT,
             application_name="task-orchestrator",
@@ -100,14 +108,70 @@ class Database:
             tcp_user_timeout=20_000,  # milliseconds
         )
         # Not by the startup packet's options: poolers such as PgBouncer refuse those.
-        connection.execute(
-            f"SELECT {', '.join('set_config(%s, %s, false)' for _ in _SESSION)}",
+        row = connection.execute(
+            f"SELECT pg_backend_pid(), {', '.join('set_config(%s, %s, false)' for _ in _SESSION)}",
             [word for pair in _SESSION.items() for word in pair],
-        )
+        ).fetchone()
+        assert row is not None  # noqa: S101 -- for the type checker
+        connection.backend, connection.conninfo = row[0], self.conninfo
         connection.autocommit = False
         # Arrays of thousands in binary: as text, quoting them takes longer than what PostgreSQL does with them.
         connection.adapters.register_dumper(list, ListBinaryDumper)
         return connection
+
+
+class _Question(psycopg.Connection[Any]):
+    """A connection for a moment, on which no exchange lasts longer than that."""
+
+    def wait(self, gen: Generator[Any, Any, Answer], interval: float = 0.1, timeout: float | None = _ASKING) -> Answer:
+        """See psycopg; a time-out is an error of psycopg's."""
+        return super().wait(gen, interval, timeout)
+
+
+class _Session(psycopg.Connection[Any]):
+    """A session that notices when nobody is at the other end any more.
+
+    Whatever stands between (a pooler, a frozen server, a middlebox) may take our bytes and never answer; then no
+    time-out of the server's or of TCP's helps. Some statements of ours rightly take a minute, so after a while of
+    silence the server is asked, by another connection, whether it is still busy for this one.
+    """
+
+    backend: int | None = None
+    """Process id of our backend; not what the protocol's start said, which a pooler may have made up."""
+    conninfo: str = ""
+    """How the server is reached."""
+
+    def wait(self, gen: Generator[Any, Any, Answer], interval: float = 0.1, timeout: float | None = None) -> Answer:
+        """See psycopg; every exchange with the server comes by here."""
+        return super().wait(self._watched(gen), interval, timeout)
+
+    def _watched(self, exchange: Generator[Any, Any, Answer]) -> Generator[Any, Any, Answer]:
+        began_at = heard_at = monotonic()
+        try:
+            wanted = next(exchange)
+            while True:
+                ready = yield wanted
+                if ready:
+                    heard_at = monotonic()
+                elif monotonic() - heard_at > SILENCE:
+                    if not self._is_served(give_up=monotonic() - began_at > _LONGEST):
+                        # What either side says from now on would be taken for the answer to something else.
+                        self.pgconn.finish()
+                        raise psycopg.OperationalError(f"no answer for {monotonic() - heard_at:.0f} s: connection lost")
+                    heard_at = monotonic()
+                wanted = exchange.send(ready)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+
+    def _is_served(self, *, give_up: bool) -> bool:
+        try:
+            with _Question.connect(self.conninfo, connect_timeout=_ASKING, autocommit=True) as other:
+                found = other.execute(_BUSY, [self.backend]).fetchone()
+        except psycopg.Error as error:
+            # A server that has a reason to refuse is alive; whether our connection is, cannot be told.
+            return error.sqlstate is not None and not give_up
+        return found is not None
 
 
 @contextmanager
@@ -139,7 +203,10 @@ def _first_line(error: psycopg.Error) -> str:
 
 
 def _forget_broken_connection(context: object) -> None:
-    """Let SQLAlchemy drop a connection that a time-out of ours ended on the server's side."""
+    """Let SQLAlchemy drop a connection that ended on the server's side, or that is of no more use."""
     orig = getattr(context, "original_exception", None)
-    if isinstance(orig, pg.IdleInTransactionSessionTimeout | pg.AdminShutdown | pg.CrashShutdown):
+    # A session is read-only by a default that it got at its start: a new one may not be.
+    if isinstance(
+        orig, pg.IdleInTransactionSessionTimeout | pg.AdminShutdown | pg.CrashShutdown | pg.ReadOnlySqlTransaction
+    ):
         context.is_disconnect = True  # type: ignore[attr-defined] # SQLAlchemy's ExceptionContext, untyped for listeners

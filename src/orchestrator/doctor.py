@@ -32,7 +32,7 @@ from orchestrator.catalog import mismatch_explained
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, app
 from orchestrator.domain import ScheduleState
 from orchestrator.errors import OrchestratorError
-from orchestrator.insights import ALIVE_WITHIN, NodeView
+from orchestrator.insights import ALIVE_WITHIN, NodeStatus, NodeView
 from orchestrator.schema import metadata
 from orchestrator.settings import PREFIX, CrawlConfigsMapping, CrawlTasksMapping, Settings
 
@@ -93,11 +93,11 @@ def beats(services: Services) -> Finding:
         detail = f"no beat ticked within {ALIVE_WITHIN:.0f} s"
         return Finding("beat", Status.FAIL, detail, "start one: `orchestrator beat`")
     if all(node.problem for node in alive):
-        return Finding("beat", Status.FAIL, f"no slot is claimed: {_problems(alive)}", _BEATS_REMEDY)
+        return Finding("beat", Status.FAIL, f"no slot is claimed: {_problems(alive)}", _NODES_REMEDY)
     return Finding("beat", Status.OK, f"alive: {_some([node.name for node in alive])}")
 
 
-_BEATS_REMEDY: Final = "correct what it says; `orchestrator doctor` checks the rest"
+_NODES_REMEDY: Final = "correct what it says; `orchestrator doctor` checks the rest"
 
 
 def _problems(nodes: Sequence[NodeView]) -> str:
@@ -302,8 +302,10 @@ def _nodes(services: Services) -> Iterator[Finding]:
         else:
             remedy = f"start one: `orchestrator {kind}`, or both: `orchestrator up`"
             yield Finding(f"{kind}s", Status.WARN, f"no {kind} is alive: {consequence}", remedy)
-    if troubled := [node for node in alive if node.problem]:
-        yield Finding("beats", Status.WARN, _problems(troubled), _BEATS_REMEDY)
+    for node in alive:
+        if node.status is not NodeStatus.READY:
+            detail = f"{node.name} is {node.status}: {node.problem or node.degraded}"
+            yield Finding(f"{node.kind}s", Status.WARN, detail, _NODES_REMEDY)
     consumed = {queue for node in alive for queue in node.queues}
     for queue in (ANALYSIS_QUEUE, CRAWL_QUEUE):
         if consumed and queue not in consumed:

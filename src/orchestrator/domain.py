@@ -378,12 +378,27 @@ class Node:
         kind: ``worker`` or ``beat``.
         queues: the Celery queues that it consumes.
         concurrency: its pool size, if it has a pool.
+        host: the name of its machine, or of its container.
     """
 
     name: str
     kind: Literal["worker", "beat"]
     queues: tuple[str, ...] = ()
     concurrency: int | None = None
+    host: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a node is, by its own judgement.
+
+    Attributes:
+        problem: what keeps it from its work: it is not ready.
+        degraded: what keeps its work from having its full effect.
+    """
+
+    problem: str | None = None
+    degraded: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

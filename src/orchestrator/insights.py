@@ -6,6 +6,7 @@ Reads the ledger, writes nothing. Every list is bounded, and ordered by keys tha
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
@@ -66,6 +67,18 @@ class RunView:
         return self.total - self.published - self.skipped
 
 
+class NodeStatus(StrEnum):
+    """How a node is, by its last sign of life."""
+
+    READY = "ready"
+    DEGRADED = "degraded"
+    """It does its work; something outside keeps that from having its full effect."""
+    NOT_READY = "not ready"
+    """It lives, and says itself what keeps it from its work."""
+    SILENT = "silent"
+    """It ended without a word, froze, or cannot reach the database."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeView:
     """One worker or beat by its last sign of life."""
@@ -75,10 +88,26 @@ class NodeView:
     version: str
     queues: Sequence[str]
     concurrency: int | None
+    host: str | None
     problem: str | None
+    degraded: str | None
     started_at: datetime
     seen_at: datetime
     alive: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether it does its work."""
+        return self.status in {NodeStatus.READY, NodeStatus.DEGRADED}
+
+    @property
+    def status(self) -> NodeStatus:
+        """All of it in a word."""
+        if not self.alive:
+            return NodeStatus.SILENT
+        if self.problem is not None:
+            return NodeStatus.NOT_READY
+        return NodeStatus.READY if self.degraded is None else NodeStatus.DEGRADED
 
 
 @dataclass(frozen=True, slots=True)

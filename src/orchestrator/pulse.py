@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Final
 
 from orchestrator import __version__
-from orchestrator.domain import Node, WakeUp
+from orchestrator.domain import Health, Node, WakeUp
 from orchestrator.errors import TransientError
 from orchestrator.ledger import Ledger
 from orchestrator.telemetry import Event, logger
@@ -33,7 +33,7 @@ class Pulse:
         ledger: where state lives.
         enqueue: sends wake-ups, each confirmed; raises PublishError.
         node: who beats.
-        problem: what keeps the node from its work, if anything does; written with its heartbeat.
+        health: tells how the node is; written with its heartbeat.
         heartbeat: seconds between heartbeats.
         stopping: tells that a round should end at the next opportunity.
     """
@@ -44,17 +44,18 @@ class Pulse:
         enqueue: Callable[[Sequence[WakeUp]], None],
         node: Node,
         *,
-        problem: Callable[[], str | None] = lambda: None,
+        health: Callable[[], Health] = Health,
         heartbeat: float = HEARTBEAT,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._ledger = ledger
         self._enqueue = enqueue
         self._node = node
-        self._problem = problem
+        self._health = health
         self._heartbeat = heartbeat
         self._stopping = stopping
-        self._seen_at = float("-inf")
+        self._seen_at = 0.0
+        self._told: Health | None = None
         self._wake_at = 0.0
         self._failures = 0
 
@@ -93,10 +94,11 @@ class Pulse:
         return pause
 
     def _show_life(self) -> None:
-        if monotonic() - self._seen_at >= self._heartbeat:
-            first = self._seen_at < 0
-            self._ledger.nodes.heartbeat(self._node, __version__, first=first, problem=self._problem())
-            self._seen_at = monotonic()
+        health = self._health()
+        # News at once: whoever waits for a worker to be ready waits for this.
+        if health != self._told or monotonic() - self._seen_at >= self._heartbeat:
+            self._ledger.nodes.heartbeat(self._node, __version__, first=self._told is None, health=health)
+            self._seen_at, self._told = monotonic(), health
 
     def _wake(self) -> None:
         deadline = monotonic() + _ROUND

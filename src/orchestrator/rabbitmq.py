@@ -17,8 +17,9 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
@@ -67,6 +68,7 @@ class Patience:
     Attributes:
         connect: TCP connection, TLS and each answer of the handshake.
         answer: each answer while the channel and the queue are set up.
+        open: all of that together.
         confirm: without any progress: nothing confirmed and nothing accepted for sending.
         blocked: the same once the broker has said that it is blocked, for what it read before.
         batch: one batch in all.
@@ -77,6 +79,7 @@ class Patience:
 
     connect: float = 5.0
     answer: float = 10.0
+    open: float = 12.0
     confirm: float = 10.0
     blocked: float = 0.5
     batch: float = math.inf
@@ -160,11 +163,14 @@ class FrameTemplate:
         queue: addressed through the default exchange; where it is missing, messages are returned.
         properties: with placeholders in them.
         placeholders: what to replace in the marshalled properties, wherever it occurs, by as many other bytes.
+        mandatory: whether a message that no queue takes is an error, or confirmed and gone.
     """
 
-    def __init__(self, queue: str, properties: commands.Basic.Properties, *placeholders: bytes) -> None:
+    def __init__(
+        self, queue: str, properties: commands.Basic.Properties, *placeholders: bytes, mandatory: bool = True
+    ) -> None:
         self.queue = queue
-        publish = commands.Basic.Publish(exchange="", routing_key=queue, mandatory=True)
+        publish = commands.Basic.Publish(exchange="", routing_key=queue, mandatory=mandatory)
         self._method = marshal(publish, _CHANNEL)
         self._properties = properties
         self._placeholder = re.compile(b"|".join(map(re.escape, placeholders)))
@@ -437,7 +443,7 @@ class _Session:
 
 
 def _open(address: _Address, set_up: Callable[[pyamqp.Connection], object], patience: Patience) -> socket.socket:
-    """Return a socket with a session on it, set up, with a channel in confirm mode.
+    """Return a socket with a session on it, set up, with a channel in confirm mode, within :attr:`Patience.open`.
 
     py-amqp's connection object is let go: nothing in it runs when it is collected, and the socket stays open.
 
@@ -445,6 +451,35 @@ def _open(address: _Address, set_up: Callable[[pyamqp.Connection], object], pati
         PublishError: any of it failed.
     """
     connection = _connection(address, patience)
+    with _broken_after(patience.open, connection):
+        return _opened(connection, address, set_up, patience)
+
+
+@contextmanager
+def _broken_after(seconds: float, connection: pyamqp.Connection) -> Iterator[None]:
+    """Break a connection that is not open in time: py-amqp's own time-outs begin anew with every byte that arrives."""
+
+    def break_it() -> None:
+        sock = getattr(connection.transport, "sock", None)
+        if sock is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, break_it)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _opened(
+    connection: pyamqp.Connection,
+    address: _Address,
+    set_up: Callable[[pyamqp.Connection], object],
+    patience: Patience,
+) -> socket.socket:
     try:
         connection.connect()
         sock: socket.socket = connection.transport.sock

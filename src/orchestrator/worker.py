@@ -7,9 +7,12 @@ wake-up needs, so that no header of a client can expire, revoke, delay or kill a
 
 import json
 import os
+import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from time import sleep
 from typing import Any, Final
 
@@ -22,6 +25,7 @@ from orchestrator import bootstrap
 from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, WAKE_NUMBER, Sender, app, declare_topology
 from orchestrator.domain import Node
 from orchestrator.errors import ConfigurationError, PublishError
+from orchestrator.health import ABSENT_AFTER, Attendance, BrokerWatch
 from orchestrator.settings import current
 from orchestrator.telemetry import Event, configure_logging, logger
 
@@ -31,11 +35,13 @@ _OURS: Final = frozenset({ANALYSIS_TASK, CRAWL_TASK})
 _LONGEST_ID: Final = 500
 
 _BURY_AGAIN: Final = 10.0  # seconds
+_SIGN_OF_LIFE: Final = 1.0  # seconds
 
 _log = logger(__name__)
 # The consumer's own connection: the pulse may be in the middle of many confirms on the other.
 _undertaker: Final = Sender()
 _node: Node = Node("unnamed", "worker")
+_attendance: Final = Attendance()
 
 
 def this_node() -> Node:
@@ -61,7 +67,10 @@ def _prepare(sender: Any, **_: object) -> None:
     # Celery's name is the same for every default worker of a host; a heartbeat is one process's.
     name = f"{sender.hostname}:{os.getpid()}"
     concurrency = 1 if "solo" in str(sender.pool_cls) else sender.concurrency
-    _node = Node(name, "worker", tuple(app.amqp.queues.consume_from), concurrency)
+    _node = Node(name, "worker", tuple(app.amqp.queues.consume_from), concurrency, socket.gethostname())
+    if "solo" in str(sender.pool_cls):
+        # It looks for messages between two deliveries, and one may last a slice and what follows it.
+        _attendance.limit = 3 * ABSENT_AFTER
 
 
 @signals.worker_shutting_down.connect
@@ -83,19 +92,22 @@ class PulseStep(bootsteps.StartStopStep):
         super().__init__(parent, **kwargs)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._watch: BrokerWatch | None = None
 
     def start(self, parent: Any) -> None:
         """Begin to beat."""
         del parent
-        self._thread = threading.Thread(
-            target=bootstrap.services().pulse(this_node()).run, args=(self._stop,), name="pulse", daemon=True
-        )
+        pulse, self._watch = bootstrap.services().pulse(this_node(), _attendance)
+        self._watch.start()
+        self._thread = threading.Thread(target=pulse.run, args=(self._stop,), name="pulse", daemon=True)
         self._thread.start()
 
     def stop(self, parent: Any) -> None:
         """Stop beating and sign off."""
         del parent
         self._stop.set()
+        if self._watch is not None:
+            self._watch.stop()
         if self._thread is not None:
             self._thread.join(timeout=5)
 
@@ -108,7 +120,21 @@ class _UndeliverableError(Exception):
 
 
 class Consumer(CeleryConsumer):
-    """Celery's consumer, with our topology declared on every connection and every message vetted."""
+    """Celery's consumer, with our topology declared on every connection, every message vetted, and a sign of life."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Celery's events, heartbeats of its own and gossip, are published from the loop that consumes, and each would
+        # wait for its confirm: as long as a broker is in alarm nothing would be consumed, and SIGTERM not be heard.
+        super().__init__(*args, **{**kwargs, "without_heartbeat": True, "without_gossip": True, "without_mingle": True})
+
+    def stop(self) -> None:
+        """Stop; a broker is told goodbye a dozen times, so one that does not answer gets a second for each."""
+        with suppress(AttributeError, OSError):  # no RabbitMQ, or no connection
+            connection: Any = self.connection
+            connection.connection.transport.sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0)
+            )
+        super().stop()
 
     def connect(self) -> Connection:
         """Connect, and declare what is missing: whoever comes first, and again after a broker lost it."""
@@ -118,6 +144,27 @@ class Consumer(CeleryConsumer):
         connection.transport.qos_semantics_matches_spec = lambda _: True  # type: ignore[method-assign, assignment] # no setting
         declare_topology(connection)
         return connection
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Show life from within the event loop for as long as this connection lasts."""
+        super().register_with_event_loop(hub)
+        _attendance.present()
+        hub.call_repeatedly(_SIGN_OF_LIFE, _attendance.present)
+
+    def perform_pending_operations(self) -> None:
+        """Show life in each round of the blocking loop, which other pools and transports have."""
+        _attendance.present()
+        super().perform_pending_operations()
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        """Note that there is no connection."""
+        _attendance.absent(f"it cannot connect to its broker: {exc}")
+        super().on_connection_error_before_connected(exc)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Note that the connection is gone."""
+        _attendance.absent(f"its connection to the broker broke: {exc}")
+        super().on_connection_error_after_connected(exc)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Message], None]:
         """Return the callback for messages: dead-letter what no task can take, reduce the rest."""

@@ -174,7 +174,7 @@ class Orders:
         configure_logging(self._ours.settings.log)
         self._schedules = self._ours.ledger.schedules
         self._node = Node(f"bench:{os.getpid()}", "beat")
-        self._firing, self._pulse = self._ours.beat(self._node)
+        self._firing, self._pulse, _ = self._ours.beat(self._node)
         limit = self._ours.settings.scheduler.max_queued
         self._silent = FiringEngine(
             self._ours.ledger, self._ours.timetable, lambda _: None, self._node.name, max_queued=limit

@@ -1,7 +1,6 @@
 """Set-ups for tests that break things: each test has its own, for it may be left in pieces."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -9,11 +8,10 @@ from uuid import UUID
 
 import pytest
 
+from tests.support.evidence import Evidence
 from tests.support.processes import eventually
+from tests.support.rounds import SEED
 from tests.support.stack import Stack
-
-ROUNDS: Final = int(os.environ.get("FAULT_ROUNDS", "0"))
-"""How often `make faults` repeats each fault; 0 in `make test`, where each test names a small number."""
 
 StackFactory = Callable[..., Stack]
 
@@ -37,17 +35,38 @@ def await_published(stack: Stack, run_id: UUID, count: int) -> None:
     eventually(enough, within=60, what=f"{count} published")
 
 
-def rounds(few: int) -> range:
-    """Return the rounds of a fault: a few in `make test`, many in `make faults`."""
-    return range(ROUNDS or few)
-
-
 @pytest.fixture
 def random() -> Random:
     """Chance that can be repeated: the seed is printed, and FAULT_SEED sets it."""
-    seed = int(os.environ.get("FAULT_SEED", "20261123"))
-    print(f"FAULT_SEED={seed}")  # noqa: T201 -- pytest shows it with a failure
-    return Random(seed)
+    print(f"FAULT_SEED={SEED}")  # noqa: T201 -- pytest shows it with a failure
+    return Random(SEED)
+
+
+_EVIDENCE: Final = pytest.StashKey[Evidence]()
+
+
+@pytest.fixture(autouse=True)
+def evidence(request: pytest.FixtureRequest) -> Evidence:
+    """The record of this test's fault, for docs/reliability.md; its name is the marker's."""
+    marker = request.node.get_closest_marker("fault")
+    assert marker is not None, "a fault test names its fault: @pytest.mark.fault('what is done to what')"
+    variant = f" ({request.node.callspec.id})" if hasattr(request.node, "callspec") else ""
+    record = Evidence(marker.args[0] + variant, request.node.name, SEED)
+    request.node.stash[_EVIDENCE] = record
+    return record
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Save the record once its outcome is known."""
+    report = yield
+    record = item.stash.get(_EVIDENCE, None)
+    if record is not None and (call.when == "call" or report.failed):
+        record.outcome, record.seconds = report.outcome, record.seconds + report.duration
+        record.save()
+    return report
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Waits live in the ledger: no kill loses a retry, makes it early, or makes it twice."""
 
+import pytest
+
 from tests.faults.conftest import StackFactory
 from tests.support.discovery_server import DiscoveryServer, answer, silence
 from tests.support.processes import eventually
 
 
+@pytest.mark.fault("kill -9 of the worker while a site analysis waits for its Retry-After")
 def test_kill_9_while_a_retry_waits(make_stack: StackFactory) -> None:
     with DiscoveryServer(answer(503, headers={"Retry-After": "8"}), answer()) as discovery:
         stack = make_stack(DISCOVERY_URL=discovery.url, DISCOVERY_RETRY_DELAY="0.1")
@@ -22,6 +25,7 @@ def test_kill_9_while_a_retry_waits(make_stack: StackFactory) -> None:
         assert second["started_at"] >= first["next_attempt_at"]
 
 
+@pytest.mark.fault("kill -9 of the worker in the middle of a Discovery call")
 def test_kill_9_in_the_middle_of_a_call_is_a_lost_attempt_and_another_call(make_rabbitmq: StackFactory) -> None:
     with DiscoveryServer(silence(), answer()) as discovery:
         stack = make_rabbitmq(DISCOVERY_URL=discovery.url, DISCOVERY_TIMEOUT="3")
@@ -40,6 +44,7 @@ def test_kill_9_in_the_middle_of_a_call_is_a_lost_attempt_and_another_call(make_
         assert len({request.headers["idempotency-key"] for request in discovery.requests}) == 1
 
 
+@pytest.mark.fault("30 site analyses at once over two workers, at most 3 calls allowed")
 def test_the_cap_on_calls_holds_across_workers_and_everything_gets_done(make_rabbitmq: StackFactory) -> None:
     with DiscoveryServer(answer(delay=0.3)) as discovery:
         stack = make_rabbitmq(DISCOVERY_URL=discovery.url, DISCOVERY_CONCURRENCY="3")
@@ -59,6 +64,7 @@ def test_the_cap_on_calls_holds_across_workers_and_everything_gets_done(make_rab
         assert len(discovery.requests) == 30
 
 
+@pytest.mark.fault("a Discovery Service that never answers, beside a crawl run")
 def test_slow_discovery_does_not_hold_up_crawl_runs(make_rabbitmq: StackFactory) -> None:
     with DiscoveryServer(silence()) as discovery:
         stack = make_rabbitmq(DISCOVERY_URL=discovery.url, DISCOVERY_TIMEOUT="20")

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.faults.conftest import ROUNDS, StackFactory, rounds
+from tests.faults.conftest import StackFactory
 from tests.support.beats import (
     Beats,
     HostClock,
@@ -30,10 +30,11 @@ from tests.support.beats import (
 from tests.support.postgres import PostgresServer, StopMode
 from tests.support.processes import Process, eventually
 from tests.support.rabbitmq import RabbitMQServer
+from tests.support.rounds import LONG, rounds
 from tests.support.stack import Stack
 
-SCHEDULES: Final = 2_000 if ROUNDS else 400
-EVERY: Final = [5] if ROUNDS else [1, 2, 3]
+SCHEDULES: Final = 2_000 if LONG else 400
+EVERY: Final = [5] if LONG else [1, 2, 3]
 SOON: Final = 5.0
 """Seconds: what tests accept where 2 are promised, on a machine that has other things to do."""
 
@@ -102,6 +103,7 @@ def kill_somewhere(beats: Beats, random: Random, rabbitmq: RabbitMQServer) -> st
             return "anywhere"
 
 
+@pytest.mark.fault("kill -9 of one of three beats every few seconds: anywhere, in mid-claim, before wake-ups are sent")
 def test_kill_9_of_three_beats_every_few_seconds(stack: Stack, rabbitmq: RabbitMQServer, random: Random) -> None:
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
     beats = Beats(stack)
@@ -110,9 +112,9 @@ def test_kill_9_of_three_beats_every_few_seconds(stack: Stack, rabbitmq: RabbitM
     with Witness(stack) as witness:
         beats.start(3)
         tasks.await_read()
-        ends_at = time.monotonic() + (120 if ROUNDS else 12)
+        ends_at = time.monotonic() + (120 if LONG else 12)
         while time.monotonic() < ends_at or len(kills) < 3:
-            time.sleep(random.uniform(0, 3 if ROUNDS else 1))
+            time.sleep(random.uniform(0, 3 if LONG else 1))
             kills[kill_somewhere(beats, random, rabbitmq)] += 1
         tasks.disable()
 
@@ -128,17 +130,18 @@ def woken(beats: Beats) -> int:
     return sum(json.loads(line)["count"] for line in lines)
 
 
+@pytest.mark.fault("kill -9 of beats beside a worker: every slot runs once, every source is dispatched once")
 def test_kill_9_of_beats_beside_workers(make_rabbitmq: StackFactory, random: Random) -> None:
     stack = make_rabbitmq()
     sources = range(1, 6)
     stack.application.add_sources(len(sources))
-    tasks = Intervals.add(stack, 100 if ROUNDS else 30, [2, 3], sources)
+    tasks = Intervals.add(stack, 100 if LONG else 30, [2, 3], sources)
     beats = Beats(stack)
     stack.worker()
     beats.start(2)
     tasks.await_read()
 
-    for _ in rounds(3):
+    for _ in rounds(3, 20):
         time.sleep(random.uniform(0, 1.5))
         beats.replace(random.choice(beats.running))
     for beat in beats.running:
@@ -168,6 +171,7 @@ def unfinished(stack: Stack) -> int:
     return number
 
 
+@pytest.mark.fault("PostgreSQL stopped and started under three beats")
 def test_postgresql_restarts(stack: Stack, postgres: PostgresServer, random: Random) -> None:
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
     beats = Beats(stack)
@@ -175,7 +179,7 @@ def test_postgresql_restarts(stack: Stack, postgres: PostgresServer, random: Ran
     with Witness(stack) as witness:
         beats.start(3)
         tasks.await_read()
-        for _ in rounds(1):
+        for _ in rounds(1, 10):
             tasks.await_fired(1)
             time.sleep(random.random())
             postgres.stop(random.choice([StopMode.FAST, StopMode.IMMEDIATE]))
@@ -192,6 +196,7 @@ def test_postgresql_restarts(stack: Stack, postgres: PostgresServer, random: Ran
     assert all(beat.running for beat in beats.running)
 
 
+@pytest.mark.fault("RabbitMQ away while slots come due")
 def test_the_broker_is_away(stack: Stack, rabbitmq: RabbitMQServer) -> None:
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
     beats = Beats(stack)
@@ -201,7 +206,7 @@ def test_the_broker_is_away(stack: Stack, rabbitmq: RabbitMQServer) -> None:
         tasks.await_read()
         tasks.await_fired(1)
         rabbitmq.stop()
-        time.sleep(30 if ROUNDS else 3)
+        time.sleep(30 if LONG else 3)
         # Slots are claimed all the same: only their wake-ups wait.
         tasks.await_fired(1)
         rabbitmq.start()
@@ -215,6 +220,7 @@ def test_the_broker_is_away(stack: Stack, rabbitmq: RabbitMQServer) -> None:
     beats.await_signs_of_life()
 
 
+@pytest.mark.fault("a beat frozen (SIGSTOP) in the middle of a claim, then thawed")
 def test_a_beat_is_frozen_with_what_it_claims(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq(SCHEDULER__MAX_QUEUED="1000000")
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
@@ -223,11 +229,11 @@ def test_a_beat_is_frozen_with_what_it_claims(make_rabbitmq: StackFactory) -> No
     with Witness(stack) as witness:
         beats.start(3)
         tasks.await_read()
-        for _ in range(min(ROUNDS, 5) or 2):
+        for _ in rounds(2, 5):
             with beats.caught_claiming() as beat:
                 beat.freeze()
             # Its locks are PostgreSQL's to take away after 30 s, so in `make test` it comes back with them.
-            time.sleep(35 if ROUNDS else 2)
+            time.sleep(35 if LONG else 2)
             beat.thaw()
             tasks.await_fired(1)
         tasks.disable()
@@ -237,6 +243,7 @@ def test_a_beat_is_frozen_with_what_it_claims(make_rabbitmq: StackFactory) -> No
     beats.await_signs_of_life()
 
 
+@pytest.mark.fault("clocks of the beats' hosts step by two hours, back and forth")
 @pytest.mark.usefixtures("faketime")
 def test_clocks_of_hosts_step_by_hours(make_rabbitmq: StackFactory, random: Random, tmp_path: Path) -> None:
     stack = make_rabbitmq(SCHEDULER__MAX_QUEUED="1000000", LOG__LEVEL="DEBUG")
@@ -247,7 +254,7 @@ def test_clocks_of_hosts_step_by_hours(make_rabbitmq: StackFactory, random: Rand
     with Witness(stack) as witness:
         left, right, _ = beats.start(3, clocks=clocks)
         tasks.await_read()
-        for _ in range(6 * (ROUNDS or 1)):
+        for _ in rounds(6, 60):
             random.choice(clocks).step(timedelta(hours=random.choice([-2, 0, 2])))
             time.sleep(random.uniform(0.5, 1.5))
         for clock, hours in zip(clocks, (2, -2), strict=True):
@@ -282,6 +289,7 @@ DOWNTIMES: Final = {  # interval in seconds, and how long no beat ran
 POLICIES: Final = ("fire_once", "skip", "all")
 
 
+@pytest.mark.fault("no beat for hours or days, over fires, by every policy")
 def test_downtime_over_fires(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq(SCHEDULER__MAX_QUEUED="1000000")
     beats = Beats(stack)
@@ -397,16 +405,18 @@ def assert_stops_soon(beats: Beats, beat: Process, doing: str) -> None:
     assert took < SOON, f"{doing}: it is promised that SIGTERM stops a beat within 2 s; it took {took:.1f} s"
 
 
+@pytest.mark.fault("SIGTERM of an idle beat")
 def test_sigterm_stops_an_idle_beat(make_rabbitmq: StackFactory, random: Random) -> None:
     stack = make_rabbitmq()
     beats = Beats(stack)
 
-    for beat in beats.start(len(rounds(2))):
+    for beat in beats.start(len(rounds(2, 10))):
         time.sleep(random.random())
         assert_stops_soon(beats, beat, "idle")
         assert not beats.nodes(beat), "it did not sign off"
 
 
+@pytest.mark.fault("SIGTERM of a beat in its first import of schedules")
 def test_sigterm_stops_a_beat_in_its_first_import(make_rabbitmq: StackFactory, random: Random) -> None:
     stack = make_rabbitmq()
     beats = Beats(stack)
@@ -428,6 +438,7 @@ def test_sigterm_stops_a_beat_in_its_first_import(make_rabbitmq: StackFactory, r
     eventually(lambda: count_of(stack, "schedules") == tasks, within=60, what="another beat reads the rest")
 
 
+@pytest.mark.fault("SIGTERM of a beat in a burst of claims")
 def test_sigterm_stops_a_beat_in_a_burst(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq(SCHEDULER__MAX_QUEUED="1000000")
     beats = Beats(stack)
@@ -458,6 +469,7 @@ def test_sigterm_stops_a_beat_in_a_burst(make_rabbitmq: StackFactory) -> None:
     say(f"{witness.duplicates} wake-ups twice")
 
 
+@pytest.mark.fault("SIGTERM of a beat right after each statement it sends")
 def test_sigterm_stops_a_beat_whatever_statement_it_meets(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq()
     Intervals.add(stack, 10, [1])  # so that a tick claims, too
@@ -465,8 +477,8 @@ def test_sigterm_stops_a_beat_whatever_statement_it_meets(make_rabbitmq: StackFa
     took: dict[int, float | None] = {}
 
     # Some at a time, for they share the machine.
-    for first in range(1, 41 if ROUNDS else 14, 7):
-        took |= sigterm_after_statements(beats, range(first, first + 7, 1 if ROUNDS else 3))
+    for first in range(1, 41 if LONG else 14, 7):
+        took |= sigterm_after_statements(beats, range(first, first + 7, 1 if LONG else 3))
 
     say(f"seconds until a beat ended that got SIGTERM right after its n-th statement, by n: {took}")
     late = {number: seconds for number, seconds in took.items() if seconds is None or seconds > 1 + SOON}
@@ -494,6 +506,7 @@ def sigterm_after_statements(beats: Beats, numbers: range) -> dict[int, float | 
     return {number: took.get(number) for number in numbers}
 
 
+@pytest.mark.fault("SIGTERM of a beat that waits in its heartbeat")
 def test_sigterm_stops_a_beat_in_the_middle_of_its_heartbeat(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq()
     beats = Beats(stack)
@@ -512,6 +525,7 @@ def test_sigterm_stops_a_beat_in_the_middle_of_its_heartbeat(make_rabbitmq: Stac
     assert_stops_soon(beats, beat, "in the middle of a heartbeat")
 
 
+@pytest.mark.fault("SIGTERM of a beat that PostgreSQL keeps waiting")
 def test_sigterm_stops_a_beat_that_postgresql_keeps_waiting(stack: Stack) -> None:
     beats = Beats(stack)
     (beat,) = beats.start()
@@ -539,6 +553,7 @@ def test_sigterm_stops_a_beat_that_postgresql_keeps_waiting(stack: Stack) -> Non
     assert_stops_soon(beats, beat, "while PostgreSQL answers late")
 
 
+@pytest.mark.fault("SIGTERM of a beat whose servers are away")
 @pytest.mark.parametrize("away", ["PostgreSQL", "the broker"])
 def test_sigterm_stops_a_beat_without_its_servers(
     stack: Stack, postgres: PostgresServer, rabbitmq: RabbitMQServer, away: str
@@ -569,6 +584,7 @@ def doctor(stack: Stack) -> tuple[int, str]:
     return code, finding["detail"]
 
 
+@pytest.mark.fault("three beats on one host, one of them stalled")
 def test_three_beats_on_one_host_are_told_apart_and_seen_to_stall(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq()
     beats = Beats(stack)
@@ -602,6 +618,7 @@ def test_three_beats_on_one_host_are_told_apart_and_seen_to_stall(make_rabbitmq:
     assert code == 0, words
 
 
+@pytest.mark.fault("the application's table changed, locked, revoked, renamed under a beat")
 def test_what_is_wrong_with_the_table_stops_no_more_than_it_must(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq()
     tasks = Intervals.add(stack, 10, [1])
@@ -639,6 +656,7 @@ def test_what_is_wrong_with_the_table_stops_no_more_than_it_must(make_rabbitmq: 
 # --- Without a broker ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("SIGTERM of a beat on the embedded set-up, after its slots were executed")
 def test_the_embedded_set_up_fires_and_executes(make_embedded: StackFactory) -> None:
     stack = make_embedded()
     stack.application.add_sources(5)

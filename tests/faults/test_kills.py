@@ -1,58 +1,199 @@
-"""Promise 2 under fire: workers killed in the middle of a fan-out."""
+"""Promises 1 and 2 under fire: workers and their children killed -9, above all in the middle of a fan-out."""
 
+import os
+import signal
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import partial
 from random import Random
+from typing import Final
 
-from tests.faults.conftest import ALL, SOURCES, StackFactory, a_big_task, await_published, rounds
+import pytest
 
+from tests.faults.conftest import StackFactory
+from tests.support.discovery_server import DiscoveryServer, answer, silence
+from tests.support.evidence import Evidence
+from tests.support.fleet import Fleet, Position
+from tests.support.oracle import Oracle, Verdict
+from tests.support.processes import Process, children_of, eventually
+from tests.support.rounds import LONG, rounds
+from tests.support.stack import Stack
 
-def test_kill_9_of_the_only_worker_at_random_points(make_rabbitmq: StackFactory, random: Random) -> None:
-    stack = make_rabbitmq(DISPATCH__BATCH_SIZE="500")
-    task_id = a_big_task(stack)
-    worker = stack.worker()
-    killed_in_the_middle = duplicates = 0
+BATCH: Final = 25
+SOURCES: Final = range(1, 3_001 if LONG else 1_001)
+RESUMED: Final = 60.0
+"""Seconds after a fault in which work must go on."""
 
-    for _ in rounds(4):
-        run_id = stack.crawl(task_id)
-        await_published(stack, run_id, random.randrange(SOURCES))
-        worker.close()
-        killed_in_the_middle += (stack.run(run_id) or {})["state"] == "running"
-        worker = stack.worker()
-
-        stack.await_run(run_id)
-        duplicates += stack.assert_exactly_once_in_effect(run_id, ALL)
-
-    assert killed_in_the_middle, "no kill hit a run: the test proved nothing"
-    # At most one batch for each kill and child.
-    assert duplicates <= 2 * 500 * len(rounds(4))
-
-
-def test_kill_9_on_the_embedded_set_up(make_embedded: StackFactory, random: Random) -> None:
-    stack = make_embedded(DISPATCH__BATCH_SIZE="100")
-    task_id = a_big_task(stack)
-
-    for _ in rounds(1):
-        worker = stack.worker()
-        run_id = stack.crawl(task_id)
-        await_published(stack, run_id, random.randrange(SOURCES // 2))
-        worker.close()
-        worker = stack.worker()
-
-        stack.await_run(run_id, within=90)
-        # Message and mark share a transaction: exactly once into the queue.
-        assert stack.assert_exactly_once_in_effect(run_id, ALL) == 0
-        worker.close()
+_OFTEN: Final = 0.8
+"""Share of kills that wait for a worker in mid-fan-out; the others meet any, wherever it is, even starting."""
+_ALONE: Final = 0.2
+"""Share of kills that spare the children."""
 
 
-def test_kill_9_of_a_pool_child(make_rabbitmq: StackFactory, random: Random) -> None:
-    stack = make_rabbitmq(DISPATCH__BATCH_SIZE="200")
-    task_id = a_big_task(stack)
-    worker = stack.worker("--pool", "prefork", concurrency=1)
+@dataclass
+class Siege:
+    """Kills worker after worker while runs keep coming, and notes how the work of each is taken up again."""
 
-    for _ in rounds(2):
-        run_id = stack.crawl(task_id)
-        await_published(stack, run_id, random.randrange(SOURCES // 2))
-        worker.kill_a_child()
+    fleet: Fleet
+    random: Random
+    evidence: Evidence
+    kills: int = 0
+    in_mid_fan_out: int = 0
+    in_a_batch: int = 0
+    _interrupted: list[tuple[Position, float]] = field(default_factory=list)
 
-        stack.await_run(run_id)
-        stack.assert_exactly_once_in_effect(run_id, ALL)
-        assert worker.running
+    def last(self, kills: int) -> None:
+        """Go on until so many workers were killed, at least half of them in mid-fan-out."""
+        while self.kills < kills or self.in_mid_fan_out < kills / 2:
+            victim = self._victim()
+            time.sleep(self.random.uniform(0, 0.2))
+            self._kill(victim, alone=self.random.random() < _ALONE)
+        eventually(lambda: not self._still_interrupted(), within=RESUMED, what="every interrupted run goes on")
+        eventually(lambda: not self.fleet.unfinished(), within=RESUMED, what="every run is over")
+
+    def judge(self) -> Verdict:
+        """Let the oracle judge all of it."""
+        verdict = Oracle(self.fleet.stack).assert_holds(dict.fromkeys(self.fleet.crawls, SOURCES))
+        self.evidence.saw(verdict)
+        self.evidence.note(f"{self.in_mid_fan_out} kills in mid-fan-out")
+        return verdict
+
+    def _kill(self, victim: Process, *, alone: bool) -> None:
+        met = self.fleet.kill(victim, alone=alone)
+        self.kills += 1
+        self.evidence.trials += 1
+        if met is not None:
+            self.in_mid_fan_out += 1
+            self.in_a_batch += met.in_batch
+            self._interrupted.append((met, time.monotonic()))
+
+    def _victim(self) -> Process:
+        if self.random.random() >= _OFTEN:
+            self.fleet.keep_busy(3)
+            return self.random.choice(list(self.fleet.members.values()))
+
+        def in_mid_fan_out() -> list[Process]:
+            self.fleet.keep_busy(3)
+            self._still_interrupted()
+            return [worker for worker in self.fleet.ready() if self.fleet.position(worker)]
+
+        return self.random.choice(eventually(in_mid_fan_out, within=RESUMED, what="a worker is in mid-fan-out"))
+
+    def _still_interrupted(self) -> Collection[tuple[Position, float]]:
+        """Note the interrupted runs that have gone on; return the others."""
+        for interruption in list(self._interrupted):
+            since, killed_at = interruption
+            if self.fleet.gone_on(since):
+                self._interrupted.remove(interruption)
+                self.evidence.recoveries.append(time.monotonic() - killed_at)
+        return self._interrupted
+
+
+def a_task(stack: Stack) -> None:
+    stack.application.add_sources(len(SOURCES))
+    stack.application.add_task(1, SOURCES)
+
+
+@pytest.mark.fault("kill -9 of one of three workers every second or two: with its children, or sparing them")
+def test_kill_9_of_workers_under_load(make_rabbitmq: StackFactory, random: Random, evidence: Evidence) -> None:
+    stack = make_rabbitmq(DISPATCH__BATCH_SIZE=str(BATCH), LOG__LEVEL="DEBUG")
+    a_task(stack)
+
+    with Fleet(stack, 3) as fleet:
+        siege = Siege(fleet, random, evidence)
+        siege.last(200 if LONG else 4)
+        fleet.assert_well()
+
+    verdict = siege.judge()
+    evidence.note(f"{siege.in_a_batch} of them within a batch")
+    assert verdict.duplicates <= BATCH * siege.kills, "more than one batch for each kill came twice"
+    if LONG:
+        assert verdict.duplicates < 0.02 * verdict.messages
+    assert max(evidence.recoveries) < RESUMED
+
+
+@pytest.mark.fault("kill -9 of workers on the embedded set-up, where message and mark share a transaction")
+def test_kill_9_of_workers_on_the_embedded_set_up(
+    make_embedded: StackFactory, random: Random, evidence: Evidence
+) -> None:
+    stack = make_embedded(DISPATCH__BATCH_SIZE=str(BATCH), LOG__LEVEL="DEBUG")
+    a_task(stack)
+
+    with Fleet(stack, 2) as fleet:
+        siege = Siege(fleet, random, evidence)
+        siege.last(20 if LONG else 2)
+        fleet.assert_well()
+
+    assert siege.judge().duplicates == 0
+    assert max(evidence.recoveries) < RESUMED
+
+
+@pytest.mark.fault("kill -9 of a worker's child in the middle of a batch")
+def test_kill_9_of_a_pool_child_in_the_middle_of_a_batch(
+    make_rabbitmq: StackFactory, random: Random, evidence: Evidence
+) -> None:
+    stack = make_rabbitmq(DISPATCH__BATCH_SIZE=str(BATCH), LOG__LEVEL="DEBUG")
+    a_task(stack)
+    with Fleet(stack, 1) as fleet:
+        (worker,) = fleet.ready()
+
+        def killed() -> Position | None:
+            """Freeze the child where it is; if that is within a batch, kill it."""
+            fleet.keep_busy()
+            time.sleep(random.uniform(0, 0.1))
+            for child in children_of(worker.pid):
+                os.kill(child, signal.SIGSTOP)
+                met = fleet.position(worker)
+                if met is not None and met.in_batch:
+                    os.kill(child, signal.SIGKILL)
+                    return met
+                os.kill(child, signal.SIGCONT)
+            return None
+
+        for _ in rounds(2, 50):
+            met = eventually(killed, within=60, what="a child is killed in a batch")
+            evidence.trials += 1
+            assert met is not None
+            with evidence.recovery():
+                eventually(partial(fleet.gone_on, met), within=RESUMED, what="the run goes on")
+            eventually(lambda: not fleet.unfinished(), within=RESUMED, what="the run is over")
+
+        fleet.assert_well()
+        assert fleet.ready() == [worker]
+
+    verdict = Oracle(stack).assert_holds(dict.fromkeys(fleet.crawls, SOURCES))
+    evidence.saw(verdict)
+    assert verdict.duplicates <= BATCH * evidence.trials, "more than one batch for each kill came twice"
+    if LONG:
+        assert verdict.duplicates < 0.02 * verdict.messages
+
+
+@pytest.mark.fault("kill -9 of a worker's children in the middle of calls to the Discovery Service")
+def test_kill_9_of_a_pool_child_in_the_middle_of_a_call(make_rabbitmq: StackFactory, evidence: Evidence) -> None:
+    calls = 3 if LONG else 1
+    with DiscoveryServer(silence()) as discovery:
+        stack = make_rabbitmq(DISCOVERY_URL=discovery.url, DISCOVERY_TIMEOUT="2")
+        # A worker keeps one of its children for crawl runs.
+        with Fleet(stack, 1, concurrency=calls + 1) as fleet:
+            (worker,) = fleet.ready()
+            for _ in rounds(1, 4):
+                discovery.play(silence())
+                run_ids = [stack.analyse(source, "news") for source in range(1, calls + 1)]
+                eventually(lambda: len(discovery.requests) == calls, within=20, what=f"{calls} calls are under way")
+                discovery.play(answer())
+                children = children_of(worker.pid)
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                evidence.trials += len(children)
+                with evidence.recovery():
+                    ended = [stack.await_run(run_id, within=RESUMED) for run_id in run_ids]
+
+                assert {run["state"] for run in ended} == {"succeeded"}
+                keys = sorted(request.headers["idempotency-key"] for request in discovery.requests)
+                assert keys == sorted(map(str, run_ids)), "not one more call each, with the key of the first"
+                for run_id in run_ids:
+                    assert [attempt["outcome"] for attempt in stack.attempts(run_id)] == ["lost", "succeeded"]
+
+            fleet.assert_well()
+            assert fleet.ready() == [worker]

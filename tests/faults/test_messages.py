@@ -6,12 +6,14 @@ from typing import Any, Final
 from uuid import uuid4
 
 import amqp
+import pytest
 
-from tests.faults.conftest import ROUNDS, StackFactory
+from tests.faults.conftest import StackFactory
 from tests.support.processes import eventually
+from tests.support.rounds import LONG
 from tests.support.stack import ANALYSIS_TASK, CRAWL_TASK, Stack, amqp_connection, drain, queue_depth
 
-MESSAGES: Final = max(300, 50 * ROUNDS)
+MESSAGES: Final = 1_000 if LONG else 300
 DEAD: Final = "orchestrator.dead"
 
 ODD_VALUES: Final[list[Any]] = [
@@ -71,6 +73,7 @@ def publish(stack: Stack, body: bytes, properties: dict[str, Any], queue: str) -
         connection.channel().basic_publish(amqp.Message(body, **properties), routing_key=queue)
 
 
+@pytest.mark.fault("generated bad messages on both task queues")
 def test_generated_bad_messages(make_rabbitmq: StackFactory, random: Random) -> None:
     stack = make_rabbitmq()
     assert stack.broker is not None
@@ -106,6 +109,7 @@ def test_generated_bad_messages(make_rabbitmq: StackFactory, random: Random) -> 
     }
 
 
+@pytest.mark.fault("a message with 5 MB of argument")
 def test_five_megabytes_of_argument_are_a_failed_run(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq()
     stack.worker()
@@ -116,6 +120,7 @@ def test_five_megabytes_of_argument_are_a_failed_run(make_rabbitmq: StackFactory
     assert len(run["error_message"]) < 1_000
 
 
+@pytest.mark.fault("a message of another application on our queue")
 def test_a_dead_letter_is_as_it_came_and_says_why(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq()
     assert stack.broker is not None

@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator import __version__
 from orchestrator.db import Database
-from orchestrator.domain import Node, slot_run_id
+from orchestrator.domain import Health, Node, slot_run_id
 from orchestrator.ledger.nodes import NodeLedger
 from orchestrator.schema import SCHEMA
 from tests.support.application import Application, migrated
@@ -517,7 +517,7 @@ def test_nodes_are_listed_and_a_beat_is_a_health_check(application: Application,
 def test_beats_that_cannot_work_fail_the_health_check(application: Application, shell: Shell) -> None:
     database = Database(application.url, SCHEMA)
     nodes = NodeLedger(database)
-    nodes.heartbeat(Node("beat@one", "beat"), "1.2.3", problem="there is no table crawl_tasks")
+    nodes.heartbeat(Node("beat@one", "beat"), "1.2.3", health=Health("there is no table crawl_tasks"))
     sick = shell("doctor", "--beat", "--json")
     assert sick.code == 1
     assert "beat@one: there is no table crawl_tasks" in sick.document["findings"][0]["detail"]

@@ -15,7 +15,7 @@ import amqp
 import pytest
 from kombu.utils.url import url_to_parts
 
-from orchestrator.domain import Node
+from orchestrator.domain import Health, Node
 from tests.support.application import Application, migrated
 from tests.support.ledgers import Workbench
 from tests.support.postgres import PostgresServer
@@ -233,7 +233,7 @@ def test_schedules_that_cannot_be_read_and_beats_that_cannot_work(application: A
     for task_id in range(1, 6):
         rota.add(task_id, "whenever" if task_id > 1 else "hourly")
     rota.go()
-    bench.ledger.nodes.heartbeat(Node("beat@one", "beat"), "1", problem="there is no table crawl_tasks")
+    bench.ledger.nodes.heartbeat(Node("beat@one", "beat"), "1", health=Health("there is no table crawl_tasks"))
     bench.ledger.nodes.heartbeat(Node("beat@two", "beat"), "1")
     bench.close()
 
@@ -247,7 +247,7 @@ def test_schedules_that_cannot_be_read_and_beats_that_cannot_work(application: A
     assert "crawl task 4" in found.text("schedules")
     assert "crawl task 5" not in found.text("schedules")
     assert found.statuses("beats") == {"ok", "warn"}
-    assert "beat@one: there is no table crawl_tasks" in found.text("beats")
+    assert "beat@one is not ready: there is no table crawl_tasks" in found.text("beats")
 
 
 @pytest.mark.parametrize("array", ["integer[]", "json", "jsonb"])

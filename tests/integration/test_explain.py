@@ -10,6 +10,7 @@ import pytest
 from orchestrator.domain import (
     CrawlArguments,
     FiringReason,
+    Health,
     MisfirePolicy,
     NewRun,
     Node,
@@ -362,7 +363,7 @@ def test_a_due_slot_tells_what_keeps_it_from_being_claimed(rota: Rota) -> None:
     assert nobody.verdict is Verdict.NOT_CLAIMED_YET
     assert "No beat is alive; start one: `orchestrator beat`." in nobody.sentences
 
-    nodes.heartbeat(Node("beat@a", "beat"), "1", problem="PostgreSQL: out of disk")
+    nodes.heartbeat(Node("beat@a", "beat"), "1", health=Health("PostgreSQL: out of disk"))
     assert "beat@a reports a problem: PostgreSQL: out of disk." in ask(rota, "12:10").sentences
     assert "ask again" not in said(ask(rota, "12:10"))
 

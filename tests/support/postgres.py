@@ -1,9 +1,13 @@
-"""A private PostgreSQL server on a free loopback port, for tests that need one and for tests that hurt one."""
+"""A private PostgreSQL server on a free loopback port, for tests that need one and for tests that hurt one.
+
+It is the wheel's, as in the embedded set-up; ``TEST_POSTGRES=15`` chooses a Debian package's by its major version.
+"""
 
 import atexit
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,14 +19,26 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 from psycopg.abc import QueryNoTemplate
+from psycopg.pq import PGconn, Ping
 
 from orchestrator.embedded import SUPERUSER, EmbeddedPostgres, ServerConfig
-from tests.support.processes import children_of, eventually, free_port, guard_group, process_exists, release_group
+from tests.support.installations import postgres_programs, system_with_postgres
+from tests.support.processes import (
+    Process,
+    children_of,
+    eventually,
+    free_port,
+    guard_group,
+    process_exists,
+    release_group,
+)
 
 # Kills of processes lose nothing without fsync: the pages are the kernel's by then. Only a crash of the whole
 # machine would, which no test causes. synchronous_commit stays on: without it a kill loses commits.
 _OPTIONS: Final = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 _LIMIT: Final = 30.0
+_ACCOUNT: Final = "postgres"
+_CLEAN: Final = {"LC_ALL": "C.UTF-8", "PATH": os.defpath}
 
 
 class StopMode(Enum):
@@ -33,6 +49,74 @@ class StopMode(Enum):
     IMMEDIATE = signal.SIGQUIT
 
 
+class InstalledPostgres:
+    """The server of a Debian package, as a child of ours; used like an :class:`EmbeddedPostgres` of one participant."""
+
+    def __init__(self, config: ServerConfig, version: str) -> None:
+        self.config = config
+        self._system = system_with_postgres(version)
+        self._programs = f"/{postgres_programs(version)}"
+        self._account = _ACCOUNT if os.geteuid() == 0 else None
+        self._process: Process | None = None
+
+    def join(self) -> None:
+        """Return when the server answers, having started it if need be."""
+        if self.postmaster() is not None:
+            return
+        self.leave()
+        data, log = self.config.home / "data", self.config.home / "server.log"
+        if not data.exists():
+            self._create_cluster(data)
+        log.unlink(missing_ok=True)
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.config.port),
+            "unix_socket_directories": str(self.config.home),
+            "shared_buffers": "32MB",
+            "timezone": "UTC",
+            "log_timezone": "UTC",
+            **self.config.options,
+        }
+        words = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        self._process = Process(
+            self._command("postgres", "-D", str(data), *words), output=log, env=_CLEAN, cwd=self.config.home
+        )
+        address = f"host=127.0.0.1 port={self.config.port} user={SUPERUSER} dbname=postgres connect_timeout=5".encode()
+        self._process.await_ready(lambda: PGconn.ping(address) == Ping.OK, within=_LIMIT, what="PostgreSQL answers")
+
+    def leave(self) -> None:
+        """Kill what is left of it."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def postmaster(self) -> int | None:
+        """Return the server's process id, or None if it does not run."""
+        return self._process.pid if self._process is not None and self._process.running else None
+
+    def _create_cluster(self, data: Path) -> None:
+        data.parent.mkdir(mode=0o700)
+        if self._account is not None:
+            os.chown(data.parent, *self._system.user_and_group(self._account))
+        # The same order of text as the wheel's: by code point.
+        how = ["-U", SUPERUSER, "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync", "--no-instructions"]
+        result = subprocess.run(
+            self._command("initdb", "-D", str(data), *how),
+            env=_CLEAN,
+            cwd=data.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=2 * _LIMIT,
+        )
+        assert result.returncode == 0, f"initdb: {result.stdout}"
+
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        return self._system.command(f"{self._programs}/{program}", *arguments, account=self._account)
+
+
 class PostgresServer:
     """A running server with its data in a temporary directory. Every URL takes any password."""
 
@@ -41,7 +125,8 @@ class PostgresServer:
         if os.geteuid() == 0:
             self._directory.chmod(0o711)  # PostgreSQL runs as another account
         config = ServerConfig(self._directory, tcp_port=free_port(), options=_OPTIONS | dict(options or {}))
-        self._embedded = EmbeddedPostgres(config)
+        version = os.environ.get("TEST_POSTGRES")
+        self._server = InstalledPostgres(config, version) if version else EmbeddedPostgres(config)
         self._postmaster: int | None = None
         atexit.register(self.close)
         self.start()
@@ -55,12 +140,18 @@ class PostgresServer:
     @property
     def port(self) -> int:
         """The TCP port on 127.0.0.1."""
-        return self._embedded.config.port
+        return self._server.config.port
+
+    @property
+    def version(self) -> str:
+        """The version it says it has."""
+        with psycopg.connect(self.url("postgres")) as connection:
+            return connection.info.parameter_status("server_version") or ""
 
     @property
     def log(self) -> str:
         """What the server has logged since its last start."""
-        return (self._embedded.config.home / "server.log").read_text(errors="replace")
+        return (self._server.config.home / "server.log").read_text(errors="replace")
 
     def url(self, database: str, *, user: str = SUPERUSER, password: str = "secret") -> str:
         """Return the URL of a database."""
@@ -91,8 +182,8 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it, recovering if it was killed; running already, do nothing."""
-        self._embedded.join()
-        pid = self._embedded.postmaster()
+        self._server.join()
+        pid = self._server.postmaster()
         assert pid is not None
         if pid != self._postmaster:
             self._postmaster = pid
@@ -100,13 +191,13 @@ class PostgresServer:
 
     def stop(self, mode: StopMode = StopMode.FAST) -> None:
         """Stop it and wait until it is gone."""
-        if (pid := self._embedded.postmaster()) is not None:
+        if (pid := self._server.postmaster()) is not None:
             os.kill(pid, mode.value)
             self._await_end([pid])
 
     def kill(self) -> None:
         """Kill -9 the postmaster and every backend at once, as a power failure would."""
-        if (pid := self._embedded.postmaster()) is not None:
+        if (pid := self._server.postmaster()) is not None:
             os.kill(pid, signal.SIGSTOP)  # so that it starts no more children meanwhile
             family = [pid, *children_of(pid)]
             for member in family:
@@ -118,7 +209,7 @@ class PostgresServer:
         """Stop it and remove its data."""
         atexit.unregister(self.close)
         self.stop(StopMode.IMMEDIATE)
-        self._embedded.leave()
+        self._server.leave()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _await_end(self, family: list[int]) -> None:

@@ -1,4 +1,7 @@
-"""A private RabbitMQ broker on free loopback ports, as ordinary processes of the test's own account."""
+"""A private RabbitMQ broker on free loopback ports, as ordinary processes of the test's own account.
+
+It is the one that this machine has; ``TEST_RABBITMQ=4`` chooses another by the beginning of its version.
+"""
 
 import atexit
 import os
@@ -14,6 +17,7 @@ from urllib.parse import quote
 
 import amqp
 
+from tests.support.installations import HERE, System, system_with_rabbitmq
 from tests.support.processes import Process, children_of, eventually, free_port, process_exists
 
 HOW_TO_INSTALL: Final = "RabbitMQ is not installed: apt-get install rabbitmq-server (the service need not run)"
@@ -34,7 +38,12 @@ end, [{names}]).
 
 def find_program(name: str) -> str | None:
     """Return the path of a program of RabbitMQ, or None if it is not installed."""
-    return shutil.which(name, path=os.pathsep.join(_PLACES))
+    return _system().find(name, os.pathsep.join(_PLACES))
+
+
+def _system() -> System:
+    version = os.environ.get("TEST_RABBITMQ")
+    return system_with_rabbitmq(version) if version else HERE
 
 
 class RabbitMQServer:
@@ -43,6 +52,7 @@ class RabbitMQServer:
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="orchestrator-rabbitmq-"))
         self._port = free_port()
+        self._system = _system()
         self._node = f"{self._directory.name}@localhost"
         self._environment = self._write_configuration()
         self._vhosts: list[str] = []
@@ -67,6 +77,13 @@ class RabbitMQServer:
     def url(self) -> str:
         """The URL of the default vhost."""
         return self.vhost_url("/")
+
+    @property
+    def version(self) -> str:
+        """The version it says it has."""
+        with self._connection() as connection:
+            facts: dict[str, str] = connection.server_properties  # type: ignore[attr-defined] # the stubs omit it
+            return facts["version"]
 
     @property
     def node_pid(self) -> int:
@@ -102,7 +119,7 @@ class RabbitMQServer:
         program = find_program("rabbitmqctl")
         assert program is not None, HOW_TO_INSTALL
         result = subprocess.run(
-            [program, "--quiet", *arguments],
+            self._system.command(program, "--quiet", *arguments),
             env=self._environment,
             cwd=self._directory,
             stdin=subprocess.DEVNULL,
@@ -123,9 +140,9 @@ class RabbitMQServer:
         assert epmd is not None, "epmd of Erlang is not in PATH"
         if self._epmd is None:
             # Our own port mapper in the foreground, or the first node would leave one running as a daemon.
-            self._epmd = Process([epmd], output=self._directory / "epmd.out", env=self._environment)
+            self._epmd = Process(self._system.command(epmd), output=self._directory / "epmd.out", env=self._environment)
         output = self._directory / "server.out"
-        self._broker = Process([program], output=output, env=self._environment, cwd=self._directory)
+        self._broker = Process(self._system.command(program), output=output, env=self._environment, cwd=self._directory)
         self._broker.await_ready(self._answers, within=_START_LIMIT, what="RabbitMQ takes connections")
 
     def stop(self) -> None:
@@ -176,10 +193,13 @@ class RabbitMQServer:
 
     def _answers(self) -> bool:
         try:
-            with amqp.Connection(f"127.0.0.1:{self._port}", connect_timeout=5, read_timeout=5, write_timeout=5):
+            with self._connection():
                 return True
         except (OSError, amqp.AMQPError):
             return False
+
+    def _connection(self) -> amqp.Connection:
+        return amqp.Connection(f"127.0.0.1:{self._port}", connect_timeout=5, read_timeout=5, write_timeout=5)
 
     def _create_vhosts(self, names: list[str]) -> None:
         literals = ", ".join(f"<<{list(name.encode())}>>".replace("[", "").replace("]", "") for name in names)

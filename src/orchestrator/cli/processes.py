@@ -1,13 +1,16 @@
-"""Commands that set up, run and list processes: migrate, doctor, worker, beat, up, workers."""
+"""Commands that set up, run, list and probe processes: migrate, doctor, worker, beat, up, workers, ready."""
 
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
@@ -17,6 +20,7 @@ from pydantic import SecretStr
 from orchestrator import bootstrap, doctor
 from orchestrator.cli.output import print_document, print_table, say
 from orchestrator.cli.session import FAILED, AsJson, leave, quieten, session
+from orchestrator.insights import NodeView
 from orchestrator.settings import CONFIG_VARIABLE, DEFAULT_CONFIG_FILE, current, variables
 from orchestrator.telemetry import configure_logging
 
@@ -240,19 +244,63 @@ def workers(*, as_json: AsJson = False) -> None:
     with session() as ours:
         nodes = ours.insights.nodes()
     if as_json:
-        print_document({"nodes": nodes})
+        print_document({"nodes": [asdict(node) | {"status": node.status} for node in nodes]})
         return
     rows = [
         (
             node.name,
             node.kind,
-            "alive" if node.alive else "silent",
+            node.status,
             " ".join(node.queues),
             node.concurrency,
             node.version,
             node.seen_at,
-            node.problem,
+            node.problem or node.degraded,
         )
         for node in nodes
     ]
-    print_table(["node", "kind", "", "queues", "concurrency", "version", "last seen", "problem"], rows)
+    print_table(["node", "kind", "", "queues", "concurrency", "version", "last seen", "because"], rows)
+
+
+class _Kind(StrEnum):
+    WORKER = "worker"
+    BEAT = "beat"
+
+
+@app.command(
+    epilog="Examples: [bold]orchestrator ready worker[/] as a container's readiness probe, "
+    "[bold]orchestrator ready --node w1@host[/] where several run on one host. Exit 1: it does not consume, or tick, "
+    "or cannot reach the database. Degraded, as under a broker's alarm, is ready: it says so, and exits 0."
+)
+def ready(
+    kind: Annotated[_Kind | None, typer.Argument(help="Only workers, or only beats.")] = None,
+    *,
+    node: Annotated[str | None, typer.Option("--node", help="Only this one, on whatever host.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask whether the workers and beats of this host do their work; exit 1 if one does not."""
+    with session() as ours:
+        asked = [each for each in ours.insights.nodes() if _is_asked(each, kind, node)]
+    # Those that were killed are listed for a day: the others speak for the host, unless there are none.
+    speaking = [each for each in asked if each.alive] or asked
+    is_ready = bool(speaking) and all(each.ready for each in speaking)
+    if as_json:
+        print_document({"ready": is_ready, "nodes": [{"name": each.name, "status": each.status} for each in speaking]})
+    for each in () if as_json else speaking:
+        reason = each.problem if each.problem is not None else each.degraded
+        typer.echo(f"{each.name}: {each.status}" + (f": {reason}" if each.alive and reason else ""))
+    if not speaking:
+        say(
+            f"orchestrator: no {kind or 'worker or beat'} {f'called {node}' if node else 'of this host'} has shown life"
+        )
+    if not is_ready:
+        raise typer.Exit(FAILED)
+
+
+def _is_asked(view: NodeView, kind: _Kind | None, name: str | None) -> bool:
+    if kind is not None and view.kind != kind:
+        return False
+    if name is None:
+        return view.host == socket.gethostname()
+    # A node's process id is part of its name; people know what they called it.
+    return view.name == name or view.name.startswith(f"{name}:")

@@ -116,8 +116,8 @@ def _render_runs(views: Sequence[RunView], enqueued: bool) -> None:  # noqa: FBT
 
 def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render | None) -> None:
     """Commit runs, wake workers, and, if wanted, watch to the end."""
-    for each in new:
-        if not ours.ledger.runs.accept(each, delivered=False):
+    for each, created in zip(new, _accept(ours, new), strict=True):
+        if not created:
             _require_equal(each, ours.insights.run(each.run_id))
     wake_ups = [WakeUp(each.run_id, each.arguments, each.traceparent) for each in new]
     enqueued = enqueue(ours, wake_ups)
@@ -134,6 +134,26 @@ def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render 
             _tell_outcome(view)
     if wait and any(view.state is not RunState.SUCCEEDED for view in views):
         raise typer.Exit(FAILED)
+
+
+def _accept(ours: Services, new: Sequence[NewRun]) -> Sequence[bool]:
+    """Commit runs, all or none; return of each whether it is new.
+
+    The reply to a commit may be lost, so the ledger is asked again by the same ids, which makes no second run.
+
+    Raises:
+        DatabaseUnavailableError: it stayed away; the runs may have been recorded all the same.
+    """
+    for pause in (1.0, 2.0):
+        with suppress(DatabaseUnavailableError):
+            return ours.ledger.runs.accept_all(new)
+        time.sleep(pause)
+    try:
+        return ours.ledger.runs.accept_all(new)
+    except DatabaseUnavailableError as error:
+        first = new[0].run_id
+        doubt = f"should it have been recorded all the same, `orchestrator show {first}` tells"
+        raise DatabaseUnavailableError(f"{error}; {doubt}") from error
 
 
 def _require_equal(new: NewRun, kept: RunView) -> None:

@@ -1,14 +1,17 @@
 """Which workers and beats there are, by their own signs of life."""
 
 from datetime import timedelta
+from typing import Final
 
 from sqlalchemy import delete, func, literal, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from orchestrator.db import Database
-from orchestrator.domain import Node
+from orchestrator.domain import Health, Node
 from orchestrator.ledger.transitions import clock
 from orchestrator.schema import nodes
+
+_WELL: Final = Health()
 
 
 class NodeLedger:
@@ -21,21 +24,23 @@ class NodeLedger:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def heartbeat(self, node: Node, version: str, *, first: bool = False, problem: str | None = None) -> None:
+    def heartbeat(self, node: Node, version: str, *, first: bool = False, health: Health = _WELL) -> None:
         """Write a node's sign of life, on the database's clock; its first one says since when it runs.
 
         Args:
             node: who lives.
             version: of its code.
             first: whether it has just started.
-            problem: what keeps it from its work.
+            health: how it is.
         """
         values: dict[str, object] = {
             "kind": node.kind,
             "version": version,
             "queues": list(node.queues),
             "concurrency": node.concurrency,
-            "problem": problem,
+            "host": node.host,
+            "problem": health.problem,
+            "degraded": health.degraded,
         }
         if first:
             values |= {"started_at": clock}

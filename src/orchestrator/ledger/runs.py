@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
 
 from orchestrator.db import Database
-from orchestrator.domain import UNFINISHED, DispatchState, NewRun, RunKind, RunState, SkipReason, WakeUp
+from orchestrator.domain import UNFINISHED, Arguments, DispatchState, NewRun, RunKind, RunState, SkipReason, WakeUp
 from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, OrchestratorError
 from orchestrator.ledger.transitions import (
     ENQUEUE_GRACE,
@@ -60,23 +60,21 @@ class RunLedger:
             new: the run.
             delivered: a worker holds a message about it, so it needs no enqueueing of ours.
         """
-        wake_at = new.not_before or from_now(SILENCE if delivered else ENQUEUE_GRACE)
-        values = identity_of(new) | {
-            "state": RunState.QUEUED,
-            "enqueued_at": clock if delivered else None,
-            "next_attempt_at": new.not_before,
-            "wake_at": wake_at,
-        }
+        return self.accept_all([new], delivered=delivered)[0]
+
+    def accept_all(self, news: Sequence[NewRun], *, delivered: bool = False) -> list[bool]:
+        """Commit runs, all or none; return of each whether it is new. See :meth:`accept`."""
         with self._database.transaction() as connection:
-            created = insert_run(connection, values)
-            kept = None if created else arguments_of(run_row(connection, new.run_id))
-        if created:
-            _log.info(Event.RUN_ACCEPTED, run_id=str(new.run_id), kind=values["kind"], trigger=new.trigger)
-        elif kept != new.arguments:
-            _log.warning(
-                Event.RUN_ID_CONFLICT, run_id=str(new.run_id), kept=repr(kept)[:200], ignored=repr(new.arguments)[:200]
-            )
-        return created
+            accepted = [(new, *_accept(connection, new, delivered=delivered)) for new in news]
+        for new, created, kept in accepted:
+            run_id = str(new.run_id)
+            if created:
+                _log.info(Event.RUN_ACCEPTED, run_id=run_id, kind=identity_of(new)["kind"], trigger=new.trigger)
+            elif kept != new.arguments:
+                _log.warning(
+                    Event.RUN_ID_CONFLICT, run_id=run_id, kept=repr(kept)[:200], ignored=repr(new.arguments)[:200]
+                )
+        return [created for _, created, _ in accepted]
 
     def record_ended(self, values: dict[str, object], state: RunState, code: str, message: str) -> None:
         """Commit a run that ended before it began: wrong arguments, or expired on the way.
@@ -227,6 +225,18 @@ class RunLedger:
 
 
 # --- Parts of transactions ---------------------------------------------------------------------------------
+
+
+def _accept(connection: Connection, new: NewRun, *, delivered: bool) -> tuple[bool, Arguments | None]:
+    """Insert a run; return whether it is new, and else what the one with its id was asked for."""
+    values = identity_of(new) | {
+        "state": RunState.QUEUED,
+        "enqueued_at": clock if delivered else None,
+        "next_attempt_at": new.not_before,
+        "wake_at": new.not_before or from_now(SILENCE if delivered else ENQUEUE_GRACE),
+    }
+    created = insert_run(connection, values)
+    return created, None if created else arguments_of(run_row(connection, new.run_id))
 
 
 def _take_over_unsent(connection: Connection) -> None:

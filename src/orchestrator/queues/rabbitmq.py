@@ -14,7 +14,7 @@ from orchestrator.domain import APP_ID, EXTRACTION_TYPE, ExtractionBatch
 from orchestrator.queues import Receipt
 from orchestrator.rabbitmq import FrameTemplate, Line, Patience
 
-_PATIENCE: Final = Patience(batch=20.0)  # below the ledger's idle_in_transaction_session_timeout of 30 s
+_PATIENCE: Final = Patience(batch=15.0)  # below the ledger's idle_in_transaction_session_timeout of 30 s
 _ANY_MESSAGE_ID: Final = "?" * 36
 
 

@@ -1,0 +1,91 @@
+"""Connections to PostgreSQL that nobody serves any more are noticed; those that are merely busy are waited for."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import text
+
+from orchestrator import db
+from orchestrator.db import Database
+from orchestrator.errors import DatabaseUnavailableError
+from orchestrator.schema import SCHEMA
+from tests.support.postgres import PostgresServer
+from tests.support.proxy import Drop, Proxy, Toward, Upon
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the server after less silence than in production."""
+    monkeypatch.setattr(db, "SILENCE", 0.3)
+
+
+@pytest.fixture
+def proxy(postgres_server: PostgresServer) -> Iterator[Proxy]:
+    """The way to the server, to be interrupted."""
+    with Proxy(("127.0.0.1", postgres_server.port)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def database(proxy: Proxy, database_url: str) -> Iterator[Database]:
+    """A database behind the proxy."""
+    database = Database(proxy.url(database_url), SCHEMA)
+    yield database
+    database.close()
+
+
+def answer(database: Database, statement: str = "SELECT 1") -> object:
+    with database.transaction() as connection:
+        return connection.execute(text(statement)).scalar()
+
+
+@pytest.mark.parametrize("toward", Toward)
+@pytest.mark.timeout(60)
+def test_an_answer_that_never_comes_is_an_error_and_the_connection_is_gone(
+    database: Database, proxy: Proxy, toward: Toward
+) -> None:
+    assert answer(database) == 1
+
+    proxy.impose(Drop(), toward=[toward])
+    with pytest.raises(DatabaseUnavailableError):
+        answer(database)
+
+    proxy.heal()
+    assert answer(database) == 1
+
+
+def test_only_the_dead_connection_is_given_up(database: Database, proxy: Proxy) -> None:
+    def interrupted() -> None:
+        with database.transaction() as connection:
+            connection.execute(text("SELECT 1"))
+            proxy.impose(Drop(), upon=Upon.EXISTING)
+            connection.execute(text("SELECT 1"))
+
+    with pytest.raises(DatabaseUnavailableError, match="connection lost"):
+        interrupted()
+
+    assert answer(database) == 1
+
+
+def test_a_long_statement_is_waited_for(database: Database) -> None:
+    assert answer(database, "SELECT 7 FROM pg_sleep(2)") == 7
+
+
+def test_so_is_a_lock(database: Database, database_url: str) -> None:
+    holder = Database(database_url, SCHEMA)
+    locked, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with holder.transaction() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(7)"))
+            locked.set()
+            done.wait(1.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    locked.wait(10)
+    assert answer(database, "SELECT 1 FROM pg_advisory_xact_lock(7)") == 1
+    done.set()
+    thread.join()
+    holder.close()

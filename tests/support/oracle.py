@@ -1,0 +1,114 @@
+"""The one oracle: what must hold of a set-up after any fault, believed of nobody's word but the wire's and plain SQL's.
+
+    oracle = Oracle(stack)
+    … faults …
+    verdict = oracle.assert_holds({run_id: range(1, 1_001)})
+
+Ledger − wire = ∅, wire − ledger = ∅, one message id a (run, source) however many copies, no duplicate row, every run
+over, counts add up. The wire is read by a consumer that shares no code with the product, and ids are worked out anew.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID, uuid5
+
+from tests.support.processes import eventually
+from tests.support.stack import Stack
+
+_UNSETTLED: Final = """
+SELECT id, kind, state, error_code, error_message, total, published, skipped FROM orchestrator.runs AS run
+WHERE state NOT IN ('succeeded', 'failed', 'canceled')
+   OR (SELECT count(*) FROM orchestrator.dispatches WHERE run_id = run.id AND state = 'pending') > 0
+ORDER BY created_at LIMIT 10
+"""
+_MISCOUNTED: Final = """
+SELECT run.id, run.total, run.published, run.skipped, rows.* FROM orchestrator.runs AS run CROSS JOIN LATERAL (
+    SELECT count(*) AS rows, count(DISTINCT data_source_id) AS sources,
+           count(*) FILTER (WHERE state = 'published') AS marked, count(*) FILTER (WHERE state = 'skipped') AS passed
+    FROM orchestrator.dispatches WHERE run_id = run.id
+) AS rows
+WHERE run.materialized_at IS NOT NULL
+  AND (rows, sources, marked, passed) IS DISTINCT FROM (run.total, run.total, run.published, run.skipped)
+LIMIT 10
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the oracle saw.
+
+    Attributes:
+        messages: on the wire, copies included.
+        duplicates: of these, how many were not the first of their (run, source).
+    """
+
+    messages: int
+    duplicates: int
+
+
+@dataclass
+class Oracle:
+    """Judges one set-up; reads its wire as it goes, so that queues need not grow."""
+
+    stack: Stack
+    _wire: defaultdict[UUID, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    _wrong_ids: list[str] = field(default_factory=list)
+
+    def read_wire(self) -> None:
+        """Take in what stands in the extraction queue; RabbitMQ's messages are consumed."""
+        if self.stack.broker is None:
+            # A table is only read: all of it anew.
+            self._wire.clear()
+        for message in self.stack.extractions():
+            run_id = UUID(message.body["run_id"])
+            self._wire[run_id][message.source] += 1
+            if message.message_id != str(uuid5(run_id, str(message.source))):
+                self._wrong_ids.append(f"{message.message_id} of run {run_id}, data source {message.source}")
+
+    def assert_holds(self, expected: Mapping[UUID, Collection[int]], *, within: float = 60) -> Verdict:
+        """Wait until every run is over, then check them all.
+
+        Args:
+            expected: the data sources whose messages must be on the wire, of each run that must have succeeded. Of
+                other runs (canceled, failed) the wire must have what the ledger says, neither less nor more.
+            within: seconds from now in which every run must be over.
+        """
+        eventually(
+            lambda: not self.stack.query(_UNSETTLED), within=within, what="every run is over" + self._unsettled()
+        )
+        self.read_wire()
+        assert not self._wrong_ids, f"{len(self._wrong_ids)} wrong message ids: {self._wrong_ids[:5]}"
+        assert not (miscounted := self.stack.query(_MISCOUNTED)), f"counts do not add up: {miscounted}"
+        ledger = self._published()
+        strangers = self._wire.keys() - ledger.keys()
+        assert not strangers, f"messages of {len(strangers)} runs that the ledger does not have published: {strangers}"
+        for run_id, sources in ledger.items():
+            wire = self._wire.get(run_id, Counter()).keys()
+            assert not sources - wire, f"LOST: {_some(sources - wire)} of run {run_id} published but not on the wire"
+            assert not wire - sources, (
+                f"UNEXPECTED: {_some(wire - sources)} of run {run_id} on the wire, not in the ledger"
+            )
+        for run_id, wanted in expected.items():
+            run = self.stack.run(run_id)
+            assert run is not None, f"LOST: there is no run {run_id}"
+            assert run["state"] == "succeeded", run
+            assert ledger.get(run_id, set()) == set(wanted), f"run {run_id} published other sources than its task has"
+        messages = sum(copies.total() for copies in self._wire.values())
+        return Verdict(messages, messages - sum(map(len, self._wire.values())))
+
+    def _published(self) -> dict[UUID, set[int]]:
+        rows = self.stack.query(
+            "SELECT run_id, array_agg(data_source_id) AS sources FROM orchestrator.dispatches"
+            " WHERE state = 'published' GROUP BY run_id"
+        )
+        return {row["run_id"]: set(row["sources"]) for row in rows}
+
+    def _unsettled(self) -> str:
+        rows = self.stack.query(_UNSETTLED)
+        return f"; at first these were not: {rows}" if rows else ""
+
+
+def _some(sources: Collection[int]) -> str:
+    return f"{len(sources)} data sources ({', '.join(map(str, sorted(sources)[:5]))} …)"
