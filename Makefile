@@ -4,8 +4,6 @@
 ARGS =
 # How many test processes run side by side, each with servers of its own; most of the time they wait.
 PROCESSES = 3
-# How often `make faults` repeats each fault.
-ROUNDS = 20
 
 BIN = .venv/bin
 UV = $(BIN)/uv
@@ -43,8 +41,11 @@ bench: venv services ## measure: every script of tests/bench, one after the othe
 	    $(BIN)/python -m "$$(echo "$${script%.py}" | tr / .)" || exit; \
 	done
 
-faults: venv services ## the fault tests, ROUNDS times each
-	@FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults --timeout=0 $(ARGS)
+faults: venv services ## every fault, many times over, in an hour; without ARGS it writes docs/reliability.md
+	@rm -rf build/faults
+	@FAULTS=long FAULT_EVIDENCE=build/faults $(BIN)/python -m pytest tests/faults --numprocesses $(PROCESSES) \
+	    --dist loadfile --timeout=0 $(ARGS); status=$$?; \
+	if [ -z "$(ARGS)" ]; then $(BIN)/python -m tests.support.evidence build/faults > docs/reliability.md; fi; exit $$status
 
 compat: venv services ## acceptance and a few faults on old and new servers; writes docs/compatibility.md (root, Debian)
 	@$(BIN)/python -m scripts.compat $(ARGS)

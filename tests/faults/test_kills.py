@@ -20,7 +20,9 @@ from tests.support.processes import Process, children_of, eventually
 from tests.support.rounds import LONG, rounds
 from tests.support.stack import Stack
 
-BATCH: Final = 25
+BATCH: Final = 20
+PACE: Final = 1_200
+"""Messages between two kills, at least: one batch a kill can come twice, and that is to be less than 2 %."""
 SOURCES: Final = range(1, 3_001 if LONG else 1_001)
 RESUMED: Final = 60.0
 """Seconds after a fault in which work must go on."""
@@ -41,11 +43,13 @@ class Siege:
     kills: int = 0
     in_mid_fan_out: int = 0
     in_a_batch: int = 0
+    _published: int = 0
     _interrupted: list[tuple[Position, float]] = field(default_factory=list)
 
     def last(self, kills: int) -> None:
         """Go on until so many workers were killed, at least half of them in mid-fan-out."""
         while self.kills < kills or self.in_mid_fan_out < kills / 2:
+            eventually(self._enough_published, within=RESUMED, what=f"{PACE} messages are published between two kills")
             victim = self._victim()
             time.sleep(self.random.uniform(0, 0.2))
             self._kill(victim, alone=self.random.random() < _ALONE)
@@ -58,6 +62,16 @@ class Siege:
         self.evidence.saw(verdict)
         self.evidence.note(f"{self.in_mid_fan_out} kills in mid-fan-out")
         return verdict
+
+    def _enough_published(self) -> bool:
+        self.fleet.keep_busy(3)
+        self._still_interrupted()
+        (row,) = self.fleet.stack.query("SELECT sum(published) AS published FROM orchestrator.runs")
+        published: int = row["published"] or 0
+        if published < self._published + PACE:
+            return False
+        self._published = published
+        return True
 
     def _kill(self, victim: Process, *, alone: bool) -> None:
         met = self.fleet.kill(victim, alone=alone)

@@ -184,7 +184,7 @@ def test_a_rolling_restart_under_load(make_rabbitmq: StackFactory, random: Rando
     stack = make_rabbitmq(DISPATCH__BATCH_SIZE="20", LOG__LEVEL="DEBUG")
     few, many = range(1, 6), range(1, 2_001)
     stack.application.add_sources(len(many))
-    tasks = Intervals.add(stack, 100 if LONG else 20, [2], few)
+    tasks = Intervals.add(stack, 30 if LONG else 20, [3 if LONG else 2], few)
     stack.execute("UPDATE crawl_tasks SET data_source_ids = %s WHERE id = 1", list(many))
     beats = Beats(stack)
     handed_over, took = 0, [0.0]

@@ -105,7 +105,7 @@ def test_a_rolling_upgrade_under_load(stack: Stack, previous_source: Path, evide
     before = migrate(stack)
     stack.application.create_tables()
     stack.application.add_sources(len(many))
-    tasks = Intervals.add(stack, 100 if LONG else 10, [2 if LONG else 1], few)
+    tasks = Intervals.add(stack, 20 if LONG else 10, [2 if LONG else 1], few)
     stack.execute("UPDATE crawl_tasks SET data_source_ids = %s WHERE id = 1", list(many))
     with Fleet(stack, 3 if LONG else 2) as fleet:
         site = Site(fleet, Beats(stack), tasks, evidence)

@@ -1,0 +1,247 @@
+"""Half an hour of mixed load and random faults: nothing lost, and nothing that grows, leaks or lingers.
+
+The processes watched are those that no fault ends: the workers' main processes and the beats.
+"""
+
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from statistics import linear_regression, median
+from typing import Final
+from uuid import UUID
+
+import pytest
+
+from tests.support.beats import add_policies
+from tests.support.discovery_server import Behaviour, DiscoveryServer, answer, close
+from tests.support.evidence import Evidence
+from tests.support.oracle import Oracle
+from tests.support.outages import EVERY, SCHEDULED, slots_owed, terminate
+from tests.support.postgres import PostgresServer, StopMode
+from tests.support.processes import Process, children_of, eventually
+from tests.support.rabbitmq import RabbitMQServer
+from tests.support.rounds import LONG
+from tests.support.stack import Stack
+
+SECONDS: Final = 1_800 if LONG else 15
+PAUSE: Final = 20.0 if LONG else 3.0
+"""Seconds between two faults, at most."""
+SOURCES: Final = range(1, 1_001)
+MIB: Final = 2**20
+GROWTH: Final = 8 * MIB
+"""Bytes that a process may have grown between the first and the last third: arenas and caches settle late."""
+# The tests' own sessions and the server's are not the product's.
+_LINGERING: Final = (
+    "SELECT pid, state, query, now() - xact_start AS age FROM pg_stat_activity"
+    " WHERE application_name = 'task-orchestrator' AND state LIKE 'idle in transaction%%'"
+    " AND now() - state_change > interval '40 s'"
+)
+_SESSIONS: Final = (
+    "SELECT (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'task-orchestrator') AS sessions,"
+    " (SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+    "  WHERE locktype = 'advisory' AND now() - xact_start > interval '5 s') AS locks"
+)
+
+
+@pytest.fixture
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL of the test's own."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG001 -- it skips
+    """A RabbitMQ of the test's own."""
+    with RabbitMQServer() as server:
+        yield server
+
+
+@dataclass
+class Gauges:
+    """What is measured of some processes and their servers, now and then.
+
+    Attributes:
+        processes: by the names to call them by.
+    """
+
+    stack: Stack
+    rabbitmq: RabbitMQServer
+    processes: dict[str, Process]
+    rss: defaultdict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    files: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    _begun_at: float = field(default_factory=time.monotonic)
+
+    def read(self) -> None:
+        """Measure; whatever lingers in the database fails the test."""
+        now = time.monotonic() - self._begun_at
+        for name, process in self.processes.items():
+            assert process.running, f"{name} ended:\n{process.text()[-3000:]}"
+            self.rss[name].append((now, _resident(process.pid)))
+            self.files[name].append(len(list(Path(f"/proc/{process.pid}/fd").iterdir())))
+        assert not (lingering := self.stack.query(_LINGERING)), f"idle in transaction: {lingering}"
+
+    def connections(self) -> tuple[int, int, int]:
+        """Return how many sessions PostgreSQL has of the product, and RabbitMQ connections and channels."""
+        (row,) = self.stack.query(_SESSIONS)
+        assert row["locks"] == 0, "an advisory lock is held for seconds"
+        return row["sessions"], *(
+            len(self.rabbitmq.ctl(f"list_{what}", "pid").split()) for what in ("connections", "channels")
+        )
+
+    def growth(self, name: str) -> tuple[float, float]:
+        """Return by how many bytes a process grew from the first third to the last, and its slope in bytes an hour."""
+        samples = self.rss[name]
+        third = len(samples) // 3
+        steady = samples[third:]
+        grown = median(size for _, size in samples[-third:]) - median(size for _, size in steady[:third])
+        slope = linear_regression([at for at, _ in steady], [size for _, size in steady]).slope
+        return grown, slope * 3_600
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def kill_a_child(worker: Process) -> None:
+    with suppress(ProcessLookupError, IndexError):
+        os.kill(children_of(worker.pid)[0], signal.SIGKILL)
+
+
+def faults(
+    stack: Stack, postgres: PostgresServer, rabbitmq: RabbitMQServer, workers: list[Process], random: Random
+) -> dict[str, Callable[[], object]]:
+    """Return what may befall the set-up, by name; each is over when it returns."""
+
+    def pause_broker() -> None:
+        rabbitmq.pause()
+        time.sleep(random.uniform(0, 5))
+        rabbitmq.resume()
+
+    def restart_postgres() -> None:
+        postgres.stop(random.choice([StopMode.FAST, StopMode.IMMEDIATE]))
+        postgres.start()
+
+    def kill_broker() -> None:
+        rabbitmq.kill()
+        rabbitmq.start()
+
+    def freeze_worker() -> None:
+        worker = random.choice(workers)
+        worker.freeze()
+        time.sleep(random.uniform(0, 5))
+        worker.thaw()
+
+    def raise_alarm() -> None:
+        with rabbitmq.alarm():
+            time.sleep(random.uniform(0, 5))
+
+    return {
+        "child killed": lambda: kill_a_child(random.choice(workers)),
+        "sessions terminated": lambda: terminate(stack),
+        "broker frozen": pause_broker,
+        "worker frozen": freeze_worker,
+        "memory alarm": raise_alarm,
+        "PostgreSQL restarted": restart_postgres,
+        "broker killed": kill_broker,
+    }
+
+
+@pytest.mark.fault("a soak: mixed load, random faults")
+@pytest.mark.timeout(0 if LONG else 300)
+def test_soak(
+    postgres: PostgresServer, rabbitmq: RabbitMQServer, tmp_path: Path, random: Random, evidence: Evidence
+) -> None:
+    script: list[Behaviour] = [answer(202), answer(202, delay=0.1), answer(503), answer(429), close(), answer(202)]
+    with DiscoveryServer(*(random.choice(script) for _ in range(10_000)), answer(202)) as discovery:
+        stack = Stack.on_rabbitmq(
+            postgres.create_database("soak"),
+            rabbitmq.url,
+            tmp_path,
+            DISCOVERY_URL=discovery.url,
+            DISCOVERY_RETRY_DELAY="0.5",
+            DISCOVERY_MAX_RETRIES="20",
+            DISPATCH__BATCH_SIZE="100",
+        )
+        stack.prepare()
+        try:
+            soak(stack, postgres, rabbitmq, random, evidence)
+        finally:
+            postgres.start()
+            rabbitmq.start()
+            stack.close()
+
+
+def soak(stack: Stack, postgres: PostgresServer, rabbitmq: RabbitMQServer, random: Random, evidence: Evidence) -> None:
+    stack.application.add_sources(len(SOURCES))
+    stack.application.add_task(1, SOURCES, is_active=False)
+    add_policies(stack)
+    stack.application.add_task(SCHEDULED, SOURCES[:50], f"every {EVERY} seconds")
+    stack.execute("UPDATE crawl_tasks SET misfire_policy = 'all', overlap_policy = 'allow'")
+    workers = [stack.worker(concurrency=2) for _ in range(2)]
+    beats = [stack.start("celery", "-A", "orchestrator.celery_app", "beat") for _ in range(2)]
+    gauges = Gauges(
+        stack,
+        rabbitmq,
+        {f"worker {n}": w for n, w in enumerate(workers)} | {f"beat {n}": b for n, b in enumerate(beats)},
+    )
+    oracle, crawls, analyses = Oracle(stack), list[UUID](), list[UUID]()
+    befalls = faults(stack, postgres, rabbitmq, workers, random)
+    crawls.append(stack.crawl(1))
+    stack.await_run(crawls[0])
+    before = gauges.connections()
+
+    ends_at = time.monotonic() + SECONDS
+    due_at = time.monotonic() + random.uniform(0, PAUSE)
+    while time.monotonic() < ends_at or evidence.trials < len(befalls) // 2:
+        crawls.append(stack.crawl(1))
+        analyses += [stack.analyse(source, "news") for source in range(1, 6)]
+        if time.monotonic() > due_at:
+            evidence.trials += 1
+            befalls[random.choice(list(befalls))]()
+            due_at = time.monotonic() + random.uniform(0, PAUSE)
+        # Not so fast that work piles up: what is measured is a steady state.
+        eventually(lambda: unfinished(stack) < 20, within=120, what="the backlog is worked off")
+        oracle.read_wire()
+        gauges.read()
+
+    with evidence.recovery():
+        verdict = oracle.assert_holds(dict.fromkeys(crawls, SOURCES) | slots_owed(stack), within=120)
+    evidence.saw(verdict)
+    assert {(stack.run(run_id) or {})["state"] for run_id in analyses} == {"succeeded"}
+    evidence.note(f"{len(crawls)} crawl runs, {len(analyses)} site analyses, {SECONDS} s")
+    assert_nothing_leaked(gauges, before, evidence)
+
+
+def unfinished(stack: Stack) -> int:
+    """Return how many runs are not over."""
+    (row,) = stack.query("SELECT count(*) FROM orchestrator.runs WHERE finished_at IS NULL")
+    left: int = row["count"]
+    return left
+
+
+def assert_nothing_leaked(gauges: Gauges, before: tuple[int, int, int], evidence: Evidence) -> None:
+    """Check connections against those at the start, open files and, over half an hour, memory against themselves."""
+    # Each child has one of each; a child that had not worked at the start has none.
+    room = 2 * 2 * 2
+
+    def few() -> bool:
+        return all(now <= then + room for now, then in zip(gauges.connections(), before, strict=True))
+
+    eventually(
+        few, within=60, what=f"no more connections than {before} and {room} for the children's: {gauges.connections()}"
+    )
+    evidence.note(f"sessions, connections, channels before and after: {before}, {gauges.connections()}")
+    for name in gauges.processes:
+        files = gauges.files[name]
+        assert files[-1] <= max(files[: len(files) // 3 + 1]) + 4, f"{name} has {files[-1]} open files"
+        if LONG:
+            grown, slope = gauges.growth(name)
+            evidence.note(f"{name}: {slope / MIB:+.1f} MiB an hour at {gauges.rss[name][-1][1] / MIB:.0f} MiB")
+            assert grown < GROWTH, f"{name} grew by {grown / MIB:.1f} MiB"
