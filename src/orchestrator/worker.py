@@ -16,6 +16,7 @@ from contextlib import suppress
 from time import sleep
 from typing import Any, Final
 
+import amqp.exceptions
 from celery import bootsteps, signals
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Connection, Message
@@ -122,10 +123,14 @@ class _UndeliverableError(Exception):
 class Consumer(CeleryConsumer):
     """Celery's consumer, with our topology declared on every connection, every message vetted, and a sign of life."""
 
+    connection_errors: tuple[type[Exception], ...]  # celery-types omits it
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Celery's events, heartbeats of its own and gossip, are published from the loop that consumes, and each would
         # wait for its confirm: as long as a broker is in alarm nothing would be consumed, and SIGTERM not be heard.
         super().__init__(*args, **{**kwargs, "without_heartbeat": True, "without_gossip": True, "without_mingle": True})
+        # A queue may be deleted between being declared and being bound or consumed: connect and declare anew.
+        self.connection_errors = (*self.connection_errors, amqp.exceptions.NotFound)
 
     def stop(self) -> None:
         """Stop; a broker is told goodbye a dozen times, so one that does not answer gets a second for each."""
@@ -212,7 +217,7 @@ class Consumer(CeleryConsumer):
             _log.warning(Event.DEAD_LETTER_FAILED, code=error.code, error=str(error), delay=_BURY_AGAIN)
             self._requeue_later(message)
             return
-        message.ack_log_error(_log, self.connection_errors)  # type: ignore[attr-defined] # celery-types omits it
+        message.ack_log_error(_log, self.connection_errors)
         task = str(message.headers.get("task", ""))[:200]
         _log.error(
             Event.MESSAGE_DEAD_LETTERED, reason=reason, task=task, message_id=message.properties.get("message_id")
@@ -222,7 +227,7 @@ class Consumer(CeleryConsumer):
         """Give a message back after a pause: at once would be a loop as fast as the broker."""
         hub = getattr(self, "hub", None)
         if hub is not None:
-            hub.call_later(_BURY_AGAIN, message.reject_log_error, _log, self.connection_errors, True)  # type: ignore[attr-defined] # noqa: FBT003 -- celery-types omits it; kombu's positional requeue
+            hub.call_later(_BURY_AGAIN, message.reject_log_error, _log, self.connection_errors, True)  # noqa: FBT003 -- kombu's positional requeue
         else:
             # Without an event loop this is the thread that consumes; a short pause is all it can afford.
             sleep(1)

@@ -195,7 +195,7 @@ def test_the_same_id_with_other_arguments_keeps_the_first(stack: Stack) -> None:
 
 
 def test_a_long_run_goes_on_in_slices(stack: Stack) -> None:
-    sources = some_sources(stack, 3_000)
+    sources = some_sources(stack, 10_000)
 
     run_id = stack.crawl(a_task(stack, sources))
 

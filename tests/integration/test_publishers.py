@@ -408,7 +408,7 @@ class TestConnection:
         """Return how many connections were opened, once that many have been closed."""
         who = r"orchestrator publisher"
         closing = re.compile(rf"closing AMQP connection .* - {who}, vhost: '{rabbit.vhost}'")
-        granted = re.compile(rf" - {who}\): user 'guest' .* granted access to vhost '{rabbit.vhost}'")
+        granted = re.compile(rf" - {who}\)?: user 'guest' .* granted access to vhost '{rabbit.vhost}'")
 
         def count(closed: int) -> int:
             log = eventually(

@@ -378,17 +378,23 @@ class Scenes:
 
 def await_told(stack: Stack, run_id: UUID, *codes: str) -> str:
     """Wait until the command line tells, in ``runs`` and ``show``, that a run waits and why; return the sentence."""
+    seen: list[dict[str, Any]] = []
 
-    def told() -> dict[str, Any] | None:
-        shown: dict[str, Any] = command(stack, "show", str(run_id), "--json").document["run"]
-        listed = command(stack, "runs", "--state", "retrying", "--json").document["runs"]
-        in_list = [each["error_code"] in codes for each in listed if each["id"] == str(run_id)]
-        return shown if shown["state"] == "retrying" and shown["error_code"] in codes and any(in_list) else None
+    def told() -> bool:
+        seen.append(command(stack, "show", str(run_id), "--json").document)
+        run = seen[-1]["run"]
+        if run["state"] != "retrying" or run["error_code"] not in codes:
+            return False
+        # By its task: many more may wait by now.
+        listed = command(stack, "runs", "--state", "retrying", "--task", str(BIG), "--json").document["runs"]
+        return any(each["id"] == str(run_id) and each["error_code"] in codes for each in listed)
 
-    run = eventually(told, within=NOTICED, what=f"an operator is told {codes}; at first it was {stack.run(run_id)}")
-    assert run is not None
-    assert run["pending"] > 0
-    sentence: str = run["error_message"]
+    try:
+        eventually(told, within=NOTICED, what=f"an operator is told {codes}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; in {len(seen)} looks, at last it said {seen[-1]}") from None
+    assert seen[-1]["run"]["pending"] > 0
+    sentence: str = seen[-1]["run"]["error_message"]
     return sentence
 
 

@@ -67,7 +67,8 @@ class PendingBatch:
 
     def mark(self, confirmed: Sequence[int]) -> RunState:
         """Mark the data sources whose message is safely in the queue; return the run's state."""
-        marked = self.transaction.execute(_MARK, {"run": self.run_id, "confirmed": list(confirmed)}).rowcount
+        range_ = {"first": min(confirmed, default=0), "last": max(confirmed, default=0)}
+        marked = self.transaction.execute(_MARK, {"run": self.run_id, "confirmed": list(confirmed)} | range_).rowcount
         return RunState(self.transaction.scalar(_PROGRESS, {"run": self.run_id, "count": marked}))
 
 
@@ -236,6 +237,8 @@ _MARK: Final = (
     update(dispatches)
     .where(
         dispatches.c.run_id == bindparam("run"),
+        # Up to PostgreSQL 16 a plan without statistics reads the whole run for the list of ids, but not for a range.
+        dispatches.c.data_source_id.between(bindparam("first", type_=BIGINT), bindparam("last", type_=BIGINT)),
         dispatches.c.data_source_id == func.any(bindparam("confirmed", type_=ARRAY(BIGINT))),
         dispatches.c.state == DispatchState.PENDING,
     )
