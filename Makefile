@@ -43,7 +43,8 @@ bench: venv services ## measure: every script of tests/bench, one after the othe
 
 faults: venv services ## every fault, many times over, in an hour; without ARGS it writes docs/reliability.md
 	@rm -rf build/faults
-	@FAULTS=long FAULT_EVIDENCE=build/faults $(BIN)/python -m pytest tests/faults --numprocesses $(PROCESSES) \
+	@FAULTS=long FAULT_EVIDENCE=build/faults $(BIN)/python -m pytest tests/faults \
+	    tests/integration/test_firing_simulation.py tests/integration/test_life_cycles.py --numprocesses $(PROCESSES) \
 	    --dist loadfile --timeout=0 $(ARGS); status=$$?; \
 	if [ -z "$(ARGS)" ]; then $(BIN)/python -m tests.support.evidence build/faults > docs/reliability.md; fi; exit $$status
 
