@@ -3,7 +3,7 @@
 # Options for the command behind a target: make test ARGS='tests/unit -k retry'
 ARGS =
 # How many test processes run side by side, each with servers of its own; most of the time they wait.
-PROCESSES = 3
+PROCESSES = 4
 
 BIN = .venv/bin
 UV = $(BIN)/uv
@@ -26,7 +26,7 @@ demo: venv ## the whole story on sample data; nothing to install or configure
 	@$(BIN)/orchestrator demo $(ARGS)
 
 test: venv services ## all tests, on real servers
-	@$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv ## format, lint, types, layers, and the environment against pyproject.toml
 	$(BIN)/ruff format --check
@@ -45,7 +45,7 @@ faults: venv services ## every fault, many times over, in an hour; without ARGS 
 	@rm -rf build/faults
 	@FAULTS=long FAULT_EVIDENCE=build/faults $(BIN)/python -m pytest tests/faults \
 	    tests/integration/test_firing_simulation.py tests/integration/test_life_cycles.py --numprocesses $(PROCESSES) \
-	    --dist loadfile --timeout=0 $(ARGS); status=$$?; \
+	    --dist loadfile --no-loadscope-reorder --timeout=0 $(ARGS); status=$$?; \
 	if [ -z "$(ARGS)" ]; then $(BIN)/python -m tests.support.evidence build/faults > docs/reliability.md; fi; exit $$status
 
 compat: venv services ## acceptance and a few faults on old and new servers; writes docs/compatibility.md (root, Debian)

@@ -165,7 +165,7 @@ def test_kill_9_of_a_pool_child_in_the_middle_of_a_batch(
                 os.kill(child, signal.SIGCONT)
             return None
 
-        for _ in rounds(2, 50):
+        for _ in rounds(1, 50):
             met = eventually(killed, within=60, what="a child is killed in a batch")
             evidence.trials += 1
             assert met is not None

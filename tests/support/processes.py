@@ -95,6 +95,7 @@ class Process:
         cwd: Path | None = None,
     ) -> None:
         self.output = output
+        self._closed = False
         self.name = Path(command[0]).name
         with output.open("ab") as sink:
             self._child = subprocess.Popen(
@@ -187,6 +188,9 @@ class Process:
 
     def close(self) -> None:
         """Kill -9 what is left of the whole group and reap the process."""
+        if self._closed:
+            return  # the group's number may be somebody else's by now
+        self._closed = True
         atexit.unregister(self.close)
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
