@@ -172,7 +172,7 @@ def test_accepts_nothing(
             assert (promised.code, promised.document["enqueued"]) == (0, False), promised
             assert "recorded, not enqueued yet" in promised.err
             traffic.owe(UUID(promised.document["run"]["id"]), SMALL)
-            evidence.note(f"workers: “degraded: {await_degraded(stack)}”")
+            evidence.note(f"workers: “{await_degraded(stack, answers=hurt is not frozen)}”")
             if hurt is out_of_memory:
                 # Messages can be taken from a broker that takes none, so workers come and go as ever.
                 scene.replace_worker()

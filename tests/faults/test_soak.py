@@ -167,6 +167,7 @@ def test_soak(
             DISCOVERY_URL=discovery.url,
             DISCOVERY_RETRY_DELAY="0.5",
             DISCOVERY_MAX_RETRIES="20",
+            DISCOVERY_MAX_DELAY="2",
             DISPATCH__BATCH_SIZE="100",
         )
         stack.prepare()
