@@ -67,9 +67,10 @@ def _prepare(sender: Any, **_: object) -> None:
         raise SystemExit(2) from None
     # Celery's name is the same for every default worker of a host; a heartbeat is one process's.
     name = f"{sender.hostname}:{os.getpid()}"
-    concurrency = 1 if "solo" in str(sender.pool_cls) else sender.concurrency
+    solo = "solo" in str(sender.pool_cls)
+    concurrency = 1 if solo else sender.concurrency
     _node = Node(name, "worker", tuple(app.amqp.queues.consume_from), concurrency, socket.gethostname())
-    if "solo" in str(sender.pool_cls):
+    if solo:
         # It looks for messages between two deliveries, and one may last a slice and what follows it.
         _attendance.limit = 3 * ABSENT_AFTER
 

@@ -9,7 +9,9 @@ from uuid import UUID
 import pytest
 
 from tests.support.evidence import Evidence
+from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
+from tests.support.rabbitmq import RabbitMQServer
 from tests.support.rounds import SEED
 from tests.support.stack import Stack
 
@@ -67,6 +69,20 @@ def pytest_runtest_makereport(
         record.outcome, record.seconds = report.outcome, record.seconds + report.duration
         record.save()
     return report
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL that a file's tests may hurt; each leaves it whole."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG001 -- it skips
+    """A RabbitMQ that a file's tests may hurt; each leaves it whole."""
+    with RabbitMQServer() as server:
+        yield server
 
 
 @pytest.fixture

@@ -41,20 +41,6 @@ SOON: Final = 5.0
 _NUMBERS: Final = count(1)
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    """A PostgreSQL that tests may stop; each leaves it running."""
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG001 -- it skips
-    """A RabbitMQ that tests may stop; each leaves it running."""
-    with RabbitMQServer() as server:
-        yield server
-
-
 @pytest.fixture
 def stack(postgres: PostgresServer, rabbitmq: RabbitMQServer, tmp_path: Path) -> Iterator[Stack]:
     """Set-up 2 on these servers."""

@@ -37,13 +37,6 @@ SOURCES: Final = 4_000
 
 
 @pytest.fixture(scope="module")
-def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG001 -- it skips
-    """A RabbitMQ that tests may hurt; each leaves it whole."""
-    with RabbitMQServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def scenes(
     postgres_server: PostgresServer, rabbitmq: RabbitMQServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scenes]:

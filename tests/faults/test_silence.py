@@ -69,14 +69,6 @@ class Silence:
 
 
 @pytest.fixture
-def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG001 -- it skips
-    """A RabbitMQ of the test's own, to be frozen."""
-    with RabbitMQServer() as server:
-        yield server
-        server.resume()
-
-
-@pytest.fixture
 def networks(postgres_server: PostgresServer, tmp_path: Path) -> Iterator[Callable[[RabbitMQServer], Network]]:
     """Lay networks, each with a database and a vhost of its own."""
     name = f"silence_{uuid4().hex[:8]}"

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,20 +47,6 @@ _SESSIONS: Final = (
     " (SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
     "  WHERE locktype = 'advisory' AND now() - xact_start > interval '5 s') AS locks"
 )
-
-
-@pytest.fixture
-def postgres() -> Iterator[PostgresServer]:
-    """A PostgreSQL of the test's own."""
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture
-def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG001 -- it skips
-    """A RabbitMQ of the test's own."""
-    with RabbitMQServer() as server:
-        yield server
 
 
 @dataclass
