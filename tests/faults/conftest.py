@@ -1,5 +1,6 @@
 """Set-ups for tests that break things: each test has its own, for it may be left in pieces."""
 
+import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from random import Random
@@ -8,6 +9,7 @@ from uuid import UUID
 
 import pytest
 
+from tests.support.beats import find_faketime
 from tests.support.evidence import Evidence
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
@@ -67,6 +69,7 @@ def pytest_runtest_makereport(
     record = item.stash.get(_EVIDENCE, None)
     if record is not None and (call.when == "call" or report.failed):
         record.outcome, record.seconds = report.outcome, record.seconds + report.duration
+        record.trials = record.trials or 1
         record.save()
     return report
 
@@ -83,6 +86,14 @@ def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG
     """A RabbitMQ that a file's tests may hurt; each leaves it whole."""
     with RabbitMQServer() as server:
         yield server
+
+
+@pytest.fixture
+def faketime() -> None:
+    """Skip where there is no libfaketime, but not in CI."""
+    if find_faketime() is None:
+        how = "libfaketime is not installed: apt-get install libfaketime"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(how)
 
 
 @pytest.fixture

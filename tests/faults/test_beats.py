@@ -22,11 +22,11 @@ from tests.support.beats import (
     Witness,
     add_policies,
     database_clock,
-    find_faketime,
     interval_slots,
-    say,
+    last_line_at,
     slot_run,
 )
+from tests.support.evidence import Evidence
 from tests.support.postgres import PostgresServer, StopMode
 from tests.support.processes import Process, eventually
 from tests.support.rabbitmq import RabbitMQServer
@@ -56,14 +56,6 @@ def stack(postgres: PostgresServer, rabbitmq: RabbitMQServer, tmp_path: Path) ->
     stack.close()
 
 
-@pytest.fixture
-def faketime() -> None:
-    """Skip where there is no libfaketime, but not in CI."""
-    if find_faketime() is None:
-        how = "libfaketime is not installed: apt-get install libfaketime"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(how)
-
-
 # --- Every slot exactly once ---------------------------------------------------------------------------------------
 
 
@@ -90,7 +82,9 @@ def kill_somewhere(beats: Beats, random: Random, rabbitmq: RabbitMQServer) -> st
 
 
 @pytest.mark.fault("kill -9 of one of three beats every few seconds: anywhere, in mid-claim, before wake-ups are sent")
-def test_kill_9_of_three_beats_every_few_seconds(stack: Stack, rabbitmq: RabbitMQServer, random: Random) -> None:
+def test_kill_9_of_three_beats_every_few_seconds(
+    stack: Stack, rabbitmq: RabbitMQServer, random: Random, evidence: Evidence
+) -> None:
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
     beats = Beats(stack)
     kills: Counter[str] = Counter()
@@ -102,12 +96,13 @@ def test_kill_9_of_three_beats_every_few_seconds(stack: Stack, rabbitmq: RabbitM
         while time.monotonic() < ends_at or len(kills) < 3:
             time.sleep(random.uniform(0, 3 if LONG else 1))
             kills[kill_somewhere(beats, random, rabbitmq)] += 1
+            evidence.trials += 1
         tasks.disable()
 
         tasks.assert_all_were_told(witness)
 
     beats.await_signs_of_life()
-    say(f"kills: {dict(kills)}; {woken(beats)} wake-ups of the pulse")
+    evidence.note(f"kills: {dict(kills)}; {woken(beats)} wake-ups of the pulse")
 
 
 def woken(beats: Beats) -> int:
@@ -117,7 +112,7 @@ def woken(beats: Beats) -> int:
 
 
 @pytest.mark.fault("kill -9 of beats beside a worker: every slot runs once, every source is dispatched once")
-def test_kill_9_of_beats_beside_workers(make_rabbitmq: StackFactory, random: Random) -> None:
+def test_kill_9_of_beats_beside_workers(make_rabbitmq: StackFactory, random: Random, evidence: Evidence) -> None:
     stack = make_rabbitmq()
     sources = range(1, 6)
     stack.application.add_sources(len(sources))
@@ -128,6 +123,7 @@ def test_kill_9_of_beats_beside_workers(make_rabbitmq: StackFactory, random: Ran
     tasks.await_read()
 
     for _ in rounds(3, 20):
+        evidence.trials += 1
         time.sleep(random.uniform(0, 1.5))
         beats.replace(random.choice(beats.running))
     for beat in beats.running:
@@ -148,7 +144,7 @@ def test_kill_9_of_beats_beside_workers(make_rabbitmq: StackFactory, random: Ran
     # As many ids as sources: a duplicate has the id of the first.
     assert {len(ids) for ids in wire.values()} == {len(sources)}
     assert all({source for source, _ in ids} == set(sources) for ids in wire.values())
-    say(f"{len(runs)} runs; {len(messages) - len(runs) * len(sources)} extraction messages twice")
+    evidence.note(f"{len(runs)} runs; {len(messages) - len(runs) * len(sources)} extraction messages twice")
 
 
 def unfinished(stack: Stack) -> int:
@@ -158,7 +154,7 @@ def unfinished(stack: Stack) -> int:
 
 
 @pytest.mark.fault("PostgreSQL stopped and started under three beats")
-def test_postgresql_restarts(stack: Stack, postgres: PostgresServer, random: Random) -> None:
+def test_postgresql_restarts(stack: Stack, postgres: PostgresServer, random: Random, evidence: Evidence) -> None:
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
     beats = Beats(stack)
 
@@ -171,9 +167,9 @@ def test_postgresql_restarts(stack: Stack, postgres: PostgresServer, random: Ran
             postgres.stop(random.choice([StopMode.FAST, StopMode.IMMEDIATE]))
             time.sleep(3)
             postgres.start()
-            back_at = time.monotonic()
-            beats.await_signs_of_life()
-            say(f"all beats were back {time.monotonic() - back_at:.1f} s after PostgreSQL")
+            evidence.trials += 1
+            with evidence.recovery():
+                beats.await_signs_of_life()
         tasks.await_fired(1)
         tasks.disable()
 
@@ -183,7 +179,7 @@ def test_postgresql_restarts(stack: Stack, postgres: PostgresServer, random: Ran
 
 
 @pytest.mark.fault("RabbitMQ away while slots come due")
-def test_the_broker_is_away(stack: Stack, rabbitmq: RabbitMQServer) -> None:
+def test_the_broker_is_away(stack: Stack, rabbitmq: RabbitMQServer, evidence: Evidence) -> None:
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
     beats = Beats(stack)
 
@@ -196,18 +192,17 @@ def test_the_broker_is_away(stack: Stack, rabbitmq: RabbitMQServer) -> None:
         # Slots are claimed all the same: only their wake-ups wait.
         tasks.await_fired(1)
         rabbitmq.start()
-        back_at = time.monotonic()
-        tasks.await_fired(1)
-        tasks.disable()
+        with evidence.recovery():
+            tasks.await_fired(1)
+            tasks.disable()
 
-        tasks.assert_all_were_told(witness)
-        say(f"everything had been told {time.monotonic() - back_at:.1f} s after the broker was back")
+            tasks.assert_all_were_told(witness)
 
     beats.await_signs_of_life()
 
 
 @pytest.mark.fault("a beat frozen (SIGSTOP) in the middle of a claim, then thawed")
-def test_a_beat_is_frozen_with_what_it_claims(make_rabbitmq: StackFactory) -> None:
+def test_a_beat_is_frozen_with_what_it_claims(make_rabbitmq: StackFactory, evidence: Evidence) -> None:
     stack = make_rabbitmq(SCHEDULER__MAX_QUEUED="1000000")
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
     beats = Beats(stack)
@@ -216,6 +211,7 @@ def test_a_beat_is_frozen_with_what_it_claims(make_rabbitmq: StackFactory) -> No
         beats.start(3)
         tasks.await_read()
         for _ in rounds(2, 5):
+            evidence.trials += 1
             with beats.caught_claiming() as beat:
                 beat.freeze()
             # Its locks are PostgreSQL's to take away after 30 s, so in `make test` it comes back with them.
@@ -231,7 +227,9 @@ def test_a_beat_is_frozen_with_what_it_claims(make_rabbitmq: StackFactory) -> No
 
 @pytest.mark.fault("clocks of the beats' hosts step by two hours, back and forth")
 @pytest.mark.usefixtures("faketime")
-def test_clocks_of_hosts_step_by_hours(make_rabbitmq: StackFactory, random: Random, tmp_path: Path) -> None:
+def test_clocks_of_hosts_step_by_hours(
+    make_rabbitmq: StackFactory, random: Random, tmp_path: Path, evidence: Evidence
+) -> None:
     stack = make_rabbitmq(SCHEDULER__MAX_QUEUED="1000000", LOG__LEVEL="DEBUG")
     tasks = Intervals.add(stack, SCHEDULES, EVERY)
     beats = Beats(stack)
@@ -241,6 +239,7 @@ def test_clocks_of_hosts_step_by_hours(make_rabbitmq: StackFactory, random: Rand
         left, right, _ = beats.start(3, clocks=clocks)
         tasks.await_read()
         for _ in rounds(6, 60):
+            evidence.trials += 1
             random.choice(clocks).step(timedelta(hours=random.choice([-2, 0, 2])))
             time.sleep(random.uniform(0.5, 1.5))
         for clock, hours in zip(clocks, (2, -2), strict=True):
@@ -254,12 +253,6 @@ def test_clocks_of_hosts_step_by_hours(make_rabbitmq: StackFactory, random: Rand
     now = datetime.now(UTC)
     assert last_line_at(left) - now > timedelta(hours=1.9), "the clock was not set: the test proved nothing"
     assert now - last_line_at(right) > timedelta(hours=1.9), "the clock was not set: the test proved nothing"
-
-
-def last_line_at(beat: Process) -> datetime:
-    """Return when a beat wrote its last line, by its own clock."""
-    stamps = [json.loads(line)["timestamp"] for line in beat.text().splitlines() if line.startswith("{")]
-    return datetime.fromisoformat(stamps[-1])
 
 
 # --- Nobody was there ----------------------------------------------------------------------------------------------
@@ -385,25 +378,28 @@ def count_of(stack: Stack, table: str) -> int:
 # --- SIGTERM -------------------------------------------------------------------------------------------------------
 
 
-def assert_stops_soon(beats: Beats, beat: Process, doing: str) -> None:
+def assert_stops_soon(beats: Beats, beat: Process, doing: str, evidence: Evidence) -> None:
+    evidence.trials += 1
     took = beats.terminate(beat)
-    say(f"SIGTERM, {doing}: {took:.2f} s")
+    evidence.recoveries.append(took)
     assert took < SOON, f"{doing}: it is promised that SIGTERM stops a beat within 2 s; it took {took:.1f} s"
 
 
 @pytest.mark.fault("SIGTERM of an idle beat")
-def test_sigterm_stops_an_idle_beat(make_rabbitmq: StackFactory, random: Random) -> None:
+def test_sigterm_stops_an_idle_beat(make_rabbitmq: StackFactory, random: Random, evidence: Evidence) -> None:
     stack = make_rabbitmq()
     beats = Beats(stack)
 
     for beat in beats.start(len(rounds(2, 10))):
         time.sleep(random.random())
-        assert_stops_soon(beats, beat, "idle")
+        assert_stops_soon(beats, beat, "idle", evidence)
         assert not beats.nodes(beat), "it did not sign off"
 
 
 @pytest.mark.fault("SIGTERM of a beat in its first import of schedules")
-def test_sigterm_stops_a_beat_in_its_first_import(make_rabbitmq: StackFactory, random: Random) -> None:
+def test_sigterm_stops_a_beat_in_its_first_import(
+    make_rabbitmq: StackFactory, random: Random, evidence: Evidence
+) -> None:
     stack = make_rabbitmq()
     beats = Beats(stack)
     tasks = 200_000
@@ -417,7 +413,7 @@ def test_sigterm_stops_a_beat_in_its_first_import(make_rabbitmq: StackFactory, r
     beat = beats.spawn()
     beat.await_ready(lambda: count_of(stack, "schedules"), within=60, what="a first chunk has been read")
     time.sleep(random.uniform(0, 0.3))
-    assert_stops_soon(beats, beat, "in the first import of 200,000 schedules")
+    assert_stops_soon(beats, beat, "in the first import of 200,000 schedules", evidence)
     assert 0 < count_of(stack, "schedules") < tasks, "it was over before: the test proved nothing"
 
     beats.start()
@@ -425,7 +421,7 @@ def test_sigterm_stops_a_beat_in_its_first_import(make_rabbitmq: StackFactory, r
 
 
 @pytest.mark.fault("SIGTERM of a beat in a burst of claims")
-def test_sigterm_stops_a_beat_in_a_burst(make_rabbitmq: StackFactory) -> None:
+def test_sigterm_stops_a_beat_in_a_burst(make_rabbitmq: StackFactory, evidence: Evidence) -> None:
     stack = make_rabbitmq(SCHEDULER__MAX_QUEUED="1000000")
     beats = Beats(stack)
     slots = 20_000
@@ -443,7 +439,7 @@ def test_sigterm_stops_a_beat_in_a_burst(make_rabbitmq: StackFactory) -> None:
             "UPDATE orchestrator.schedules SET next_fire_at = date_trunc('minute', clock_timestamp()) - interval '1 h'"
         )
         eventually(lambda: count_of(stack, "firings"), within=30, what="the burst has begun")
-        assert_stops_soon(beats, beat, f"in a burst of {slots:,} slots")
+        assert_stops_soon(beats, beat, f"in a burst of {slots:,} slots", evidence)
         assert count_of(stack, "firings") < slots, "it was over before: the test proved nothing"
 
         beats.start()
@@ -452,11 +448,11 @@ def test_sigterm_stops_a_beat_in_a_burst(make_rabbitmq: StackFactory) -> None:
 
     runs = {(row["id"], row["task_id"]) for row in stack.query("SELECT id, task_id FROM orchestrator.runs")}
     assert witness.runs == runs
-    say(f"{witness.duplicates} wake-ups twice")
+    evidence.note(f"{witness.duplicates} wake-ups twice")
 
 
 @pytest.mark.fault("SIGTERM of a beat right after each statement it sends")
-def test_sigterm_stops_a_beat_whatever_statement_it_meets(make_rabbitmq: StackFactory) -> None:
+def test_sigterm_stops_a_beat_whatever_statement_it_meets(make_rabbitmq: StackFactory, evidence: Evidence) -> None:
     stack = make_rabbitmq()
     Intervals.add(stack, 10, [1])  # so that a tick claims, too
     beats = Beats(stack)
@@ -466,7 +462,8 @@ def test_sigterm_stops_a_beat_whatever_statement_it_meets(make_rabbitmq: StackFa
     for first in range(1, 41 if LONG else 14, 7):
         took |= sigterm_after_statements(beats, range(first, first + 7, 1 if LONG else 3))
 
-    say(f"seconds until a beat ended that got SIGTERM right after its n-th statement, by n: {took}")
+    evidence.trials = len(took)
+    evidence.recoveries += [seconds for seconds in took.values() if seconds is not None]
     late = {number: seconds for number, seconds in took.items() if seconds is None or seconds > 1 + SOON}
     assert not late, f"it is promised that SIGTERM stops a beat within 2 s; by n-th statement (None: never): {late}"
 
@@ -493,7 +490,7 @@ def sigterm_after_statements(beats: Beats, numbers: range) -> dict[int, float | 
 
 
 @pytest.mark.fault("SIGTERM of a beat that waits in its heartbeat")
-def test_sigterm_stops_a_beat_in_the_middle_of_its_heartbeat(make_rabbitmq: StackFactory) -> None:
+def test_sigterm_stops_a_beat_in_the_middle_of_its_heartbeat(make_rabbitmq: StackFactory, evidence: Evidence) -> None:
     stack = make_rabbitmq()
     beats = Beats(stack)
     # As on a server that has much to do: its answer to the heartbeat takes a while.
@@ -508,11 +505,11 @@ def test_sigterm_stops_a_beat_in_the_middle_of_its_heartbeat(make_rabbitmq: Stac
         return bool(stack.query("SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
 
     eventually(writing, within=30, what="a heartbeat is being written")
-    assert_stops_soon(beats, beat, "in the middle of a heartbeat")
+    assert_stops_soon(beats, beat, "in the middle of a heartbeat", evidence)
 
 
 @pytest.mark.fault("SIGTERM of a beat that PostgreSQL keeps waiting")
-def test_sigterm_stops_a_beat_that_postgresql_keeps_waiting(stack: Stack) -> None:
+def test_sigterm_stops_a_beat_that_postgresql_keeps_waiting(stack: Stack, evidence: Evidence) -> None:
     beats = Beats(stack)
     (beat,) = beats.start()
 
@@ -536,13 +533,13 @@ def test_sigterm_stops_a_beat_that_postgresql_keeps_waiting(stack: Stack) -> Non
     finally:
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
-    assert_stops_soon(beats, beat, "while PostgreSQL answers late")
+    assert_stops_soon(beats, beat, "while PostgreSQL answers late", evidence)
 
 
 @pytest.mark.fault("SIGTERM of a beat whose servers are away")
 @pytest.mark.parametrize("away", ["PostgreSQL", "the broker"])
 def test_sigterm_stops_a_beat_without_its_servers(
-    stack: Stack, postgres: PostgresServer, rabbitmq: RabbitMQServer, away: str
+    stack: Stack, postgres: PostgresServer, rabbitmq: RabbitMQServer, away: str, evidence: Evidence
 ) -> None:
     tasks = Intervals.add(stack, 100, [1])
     beats = Beats(stack)
@@ -556,7 +553,7 @@ def test_sigterm_stops_a_beat_without_its_servers(
         postgres.stop()
         beat.await_line("database_unavailable", within=30)
 
-    assert_stops_soon(beats, beat, f"while {away} is away")
+    assert_stops_soon(beats, beat, f"while {away} is away", evidence)
 
 
 # --- Life signs ----------------------------------------------------------------------------------------------------
@@ -605,7 +602,9 @@ def test_three_beats_on_one_host_are_told_apart_and_seen_to_stall(make_rabbitmq:
 
 
 @pytest.mark.fault("the application's table changed, locked, revoked, renamed under a beat")
-def test_what_is_wrong_with_the_table_stops_no_more_than_it_must(make_rabbitmq: StackFactory) -> None:
+def test_what_is_wrong_with_the_table_stops_no_more_than_it_must(
+    make_rabbitmq: StackFactory, evidence: Evidence
+) -> None:
     stack = make_rabbitmq()
     tasks = Intervals.add(stack, 10, [1])
     for text in ("every fortnight", "61 * * * *", "每天25点", "'; DROP TABLE crawl_tasks; --", "\U0001f4a5" * 50):
@@ -631,10 +630,8 @@ def test_what_is_wrong_with_the_table_stops_no_more_than_it_must(make_rabbitmq: 
     eventually(told, within=30, what="every beat's heartbeat says that crawl_tasks is missing")
     beats.await_signs_of_life(well=False)
     stack.execute("ALTER TABLE elsewhere RENAME TO crawl_tasks")
-    back_at = time.monotonic()
-
-    tasks.await_fired(2)
-    say(f"firing again {time.monotonic() - back_at:.1f} s after the table was back")
+    with evidence.recovery():
+        tasks.await_fired(2)
     beats.await_signs_of_life()
     assert all(beat.running for beat in beats.running)
 
@@ -643,7 +640,7 @@ def test_what_is_wrong_with_the_table_stops_no_more_than_it_must(make_rabbitmq: 
 
 
 @pytest.mark.fault("SIGTERM of a beat on the embedded set-up, after its slots were executed")
-def test_the_embedded_set_up_fires_and_executes(make_embedded: StackFactory) -> None:
+def test_the_embedded_set_up_fires_and_executes(make_embedded: StackFactory, evidence: Evidence) -> None:
     stack = make_embedded()
     stack.application.add_sources(5)
     stack.application.add_task(1, range(1, 6), "every 2 seconds")
@@ -656,7 +653,7 @@ def test_the_embedded_set_up_fires_and_executes(make_embedded: StackFactory) -> 
         return runs if len(runs) >= 2 else []
 
     runs = eventually(executed, within=60, what="two slots have been executed")
-    assert_stops_soon(beats, beat, "on the embedded set-up")
+    assert_stops_soon(beats, beat, "on the embedded set-up", evidence)
 
     for run in runs:
         assert run["id"] == slot_run(1, run["scheduled_for"])

@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 
 from tests.support.evidence import Evidence
+from tests.support.fleet import SHUTDOWN
 from tests.support.oracle import Oracle
 from tests.support.outages import (
     BIG,
@@ -148,14 +149,16 @@ def test_accepts_nothing(
     seconds: float,
 ) -> None:
     stack = scene.stack
+    leaving = [stack.worker()] if hurt is frozen else []
+    workers = [*scene.workers, *leaving]
 
     with scene.traffic as traffic:
         run_id = traffic.fan_out()
         # While an alarm is raised they would be done.
-        for worker in scene.workers:
+        for worker in workers:
             worker.freeze()
         with hurt(rabbitmq):
-            for worker in scene.workers:
+            for worker in workers:
                 worker.thaw()
             evidence.trials += 1
             began_at = time.monotonic()
@@ -169,6 +172,10 @@ def test_accepts_nothing(
             if hurt is out_of_memory:
                 # Messages can be taken from a broker that takes none, so workers come and go as ever.
                 scene.replace_worker()
+            for worker in leaving:
+                asked_at = time.monotonic()
+                assert worker.terminate(within=SHUTDOWN) == 0, worker.text()[-2000:]
+                evidence.note(f"a worker ended {time.monotonic() - asked_at:.0f} s after SIGTERM")
             # How long the fault lasts.
             time.sleep(max(0.0, seconds - (time.monotonic() - began_at)))
             assert pending(stack) > 0

@@ -9,6 +9,7 @@ import amqp
 import pytest
 
 from tests.faults.conftest import StackFactory
+from tests.support.evidence import Evidence
 from tests.support.processes import eventually
 from tests.support.rounds import LONG
 from tests.support.stack import ANALYSIS_TASK, CRAWL_TASK, Stack, amqp_connection, drain, queue_depth
@@ -74,7 +75,8 @@ def publish(stack: Stack, body: bytes, properties: dict[str, Any], queue: str) -
 
 
 @pytest.mark.fault("generated bad messages on both task queues")
-def test_generated_bad_messages(make_rabbitmq: StackFactory, random: Random) -> None:
+def test_generated_bad_messages(make_rabbitmq: StackFactory, random: Random, evidence: Evidence) -> None:
+    evidence.trials = MESSAGES
     stack = make_rabbitmq()
     assert stack.broker is not None
     stack.application.add_task(1, [])
@@ -102,6 +104,7 @@ def test_generated_bad_messages(make_rabbitmq: StackFactory, random: Random) -> 
         within=30,
         what=f"{recorded} failed runs and {buried} dead letters; the ledger has {failed_runs()}",
     )
+    evidence.note(f"{recorded} became failed runs with their reason, {buried} dead letters as they came")
     assert worker.running
     assert {queue: queue_depth(broker, queue) for queue in ("orchestrator.crawl", "orchestrator.analysis")} == {
         "orchestrator.crawl": 0,
@@ -109,12 +112,12 @@ def test_generated_bad_messages(make_rabbitmq: StackFactory, random: Random) -> 
     }
 
 
-@pytest.mark.fault("a message with 5 MB of argument")
-def test_five_megabytes_of_argument_are_a_failed_run(make_rabbitmq: StackFactory) -> None:
+@pytest.mark.fault("a message with 10 MB of argument")
+def test_ten_megabytes_of_argument_are_a_failed_run(make_rabbitmq: StackFactory) -> None:
     stack = make_rabbitmq()
     stack.worker()
 
-    run = stack.await_run(stack.analyse(1, "x" * 5_000_000))
+    run = stack.await_run(stack.analyse(1, "x" * 10_000_000))
 
     assert (run["state"], run["error_code"]) == ("failed", "invalid_arguments")
     assert len(run["error_message"]) < 1_000

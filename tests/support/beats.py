@@ -452,6 +452,12 @@ def database_clock(stack: Stack) -> datetime:
     return now
 
 
+def last_line_at(process: Process) -> datetime:
+    """Return when a process of ours wrote its last line, by its own clock."""
+    stamps = [json.loads(line)["timestamp"] for line in process.text().splitlines() if line.startswith("{")]
+    return datetime.fromisoformat(stamps[-1])
+
+
 def say(text: str) -> None:
     """Tell a measured fact; ``pytest -rP`` shows it, and so does a failure."""
     print(text)  # noqa: T201 -- that is how

@@ -29,7 +29,7 @@ class Evidence:
         fault: what is done to the system, in words.
         test: its test's name.
         seed: repeats the run.
-        trials: how often it was done.
+        trials: how often it was done; a test that does not count did it once.
         messages: on the wire, copies included.
         duplicates: copies among them, each with the message id of the first.
         recoveries: seconds from the end of each fault until work had resumed, or was done.

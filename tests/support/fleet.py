@@ -61,6 +61,7 @@ class Fleet:
         options: what else their command line has.
         env: the environment of those that are started from now on; by default the set-up's.
         crawls: the crawl runs that it was given.
+        host: of the names of its members.
     """
 
     stack: Stack
@@ -69,6 +70,7 @@ class Fleet:
     options: Sequence[str] = ()
     env: Mapping[str, str] | None = None
     crawls: list[UUID] = field(default_factory=list)
+    host: str = "test"
     members: dict[str, Process] = field(default_factory=dict)
     _orphaned: list[Process] = field(default_factory=list)
     _ready: set[int] = field(default_factory=set)
@@ -77,7 +79,7 @@ class Fleet:
     def __enter__(self) -> Self:
         """Start them all, and wait until each takes messages."""
         for number in range(self.size):
-            self._spawn(f"w{number + 1}@test")
+            self._spawn(f"w{number + 1}@{self.host}")
         self.await_ready()
         return self
 

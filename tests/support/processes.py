@@ -6,6 +6,7 @@ reads from a pipe of ours until the kernel closes it, even when the test session
 
 import atexit
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -48,11 +49,27 @@ def eventually(predicate: Callable[[], Answer], *, within: float, what: str) -> 
 
 
 def free_port() -> int:
-    """Return a loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a loopback port that nobody uses.
+
+    It is none of those that the system gives to outgoing connections: a server that is down for a while, as those of
+    the fault tests are, would find its port taken.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(_EPHEMERAL - 10_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def _first_ephemeral_port() -> int:
+    linux = 32_768
+    with suppress(OSError):
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        return first if first > 12_000 else linux
+    return linux
+
+
+_EPHEMERAL: Final = _first_ephemeral_port()
 
 
 def guard_group(group: int) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Self, TypeVar
 from uuid import UUID, uuid4
 
 import typer
@@ -54,6 +54,8 @@ from orchestrator.insights import NodeView, RunView
 app: Final = typer.Typer()
 
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="A run's id, or at least its first 4 hex digits.")]
+
+Answer = TypeVar("Answer")
 
 _POLL: Final = 0.3  # seconds
 _ID: Final = re.compile(r"[0-9a-f]{4,32}")
@@ -116,43 +118,46 @@ def _render_runs(views: Sequence[RunView], enqueued: bool) -> None:  # noqa: FBT
 
 def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render | None) -> None:
     """Commit runs, wake workers, and, if wanted, watch to the end."""
-    for each, created in zip(new, _accept(ours, new), strict=True):
+    run_ids = [each.run_id for each in new]
+    # The reply to a commit may be lost, so the ledger is asked again by the same ids, which makes no second run.
+    accepted = _persist(lambda: ours.ledger.runs.accept_all(new), run_ids[0])
+    for each, created in zip(new, accepted, strict=True):
         if not created:
             _require_equal(each, ours.insights.run(each.run_id))
     wake_ups = [WakeUp(each.run_id, each.arguments, each.traceparent) for each in new]
     enqueued = enqueue(ours, wake_ups)
-    run_ids = [each.run_id for each in new]
     if render is None:
         for each in new:
             typer.echo(f"run {each.run_id} is {'enqueued' if enqueued else 'recorded'}: {_name(each.arguments)}")
     warn_if_unattended(ours, new[0].arguments)
-    views = _watch(ours, run_ids) if wait else [ours.insights.run(run_id) for run_id in run_ids]
+    if wait:
+        _watch(ours, run_ids)
+    if not wait and render is None:
+        return
+    views = _persist(lambda: [ours.insights.run(run_id) for run_id in run_ids], run_ids[0])
     if render is not None:
         render(views, enqueued)
-    elif wait:
+    else:
         for view in views:
             _tell_outcome(view)
     if wait and any(view.state is not RunState.SUCCEEDED for view in views):
         raise typer.Exit(FAILED)
 
 
-def _accept(ours: Services, new: Sequence[NewRun]) -> Sequence[bool]:
-    """Commit runs, all or none; return of each whether it is new.
-
-    The reply to a commit may be lost, so the ledger is asked again by the same ids, which makes no second run.
+def _persist(ask: Callable[[], Answer], run_id: UUID) -> Answer:
+    """Ask the ledger, up to three times, something about runs that it may have.
 
     Raises:
         DatabaseUnavailableError: it stayed away; the runs may have been recorded all the same.
     """
     for pause in (1.0, 2.0):
         with suppress(DatabaseUnavailableError):
-            return ours.ledger.runs.accept_all(new)
+            return ask()
         time.sleep(pause)
     try:
-        return ours.ledger.runs.accept_all(new)
+        return ask()
     except DatabaseUnavailableError as error:
-        first = new[0].run_id
-        doubt = f"should it have been recorded all the same, `orchestrator show {first}` tells"
+        doubt = f"should it have been recorded all the same, `orchestrator show {run_id}` tells"
         raise DatabaseUnavailableError(f"{error}; {doubt}") from error
 
 
@@ -182,7 +187,10 @@ def enqueue(ours: Services, wake_ups: Sequence[WakeUp], batch: int | None = None
 def warn_if_unattended(ours: Services, arguments: Arguments) -> None:
     """Say so where runs with such arguments wait for a worker that is not there."""
     queue = CRAWL_QUEUE if isinstance(arguments, CrawlArguments) else ANALYSIS_QUEUE
-    if not _attended(ours.insights.nodes(), queue):
+    # A hint: what was asked for is done, whether it can be given or not.
+    with suppress(DatabaseUnavailableError):
+        if _attended(ours.insights.nodes(), queue):
+            return
         say(f"warning: no living worker consumes {queue}; start one: `orchestrator worker`, or `orchestrator up`")
 
 
@@ -221,13 +229,12 @@ class _Watch:
         self._said = words
 
 
-def _watch(ours: Services, run_ids: Sequence[UUID]) -> list[RunView]:
-    """Return the runs once all are over. Ctrl-C ends the watching, not the runs."""
+def _watch(ours: Services, run_ids: Sequence[UUID]) -> None:
+    """Wait until all runs are over. Ctrl-C ends the watching, not the runs."""
     try:
         with _Watch() as progress:
             while not _look(ours, run_ids, progress):
                 time.sleep(_POLL)
-        return [ours.insights.run(run_id) for run_id in run_ids]
     except KeyboardInterrupt:
         watched = f"`orchestrator show {run_ids[0]}`" if len(run_ids) == 1 else "`orchestrator runs`"
         say(f"left running; see how it goes: {watched}")
