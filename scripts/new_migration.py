@@ -10,20 +10,18 @@ import sys
 from pathlib import Path
 
 from alembic import command
-from alembic.script import ScriptDirectory
 from sqlalchemy.schema import CreateSchema
 
 from orchestrator import migrations
 from orchestrator.db import Database
-from orchestrator.migrations import _config, upgrade
+from orchestrator.migrations import _config, _known, upgrade
 from orchestrator.schema import SCHEMA
 from tests.support.postgres import PostgresServer
 
 
 def write(name: str) -> None:
     """Write the script; Alembic says where."""
-    revisions = ScriptDirectory.from_config(_config()).walk_revisions()
-    number = 1 + max((int(script.revision) for script in revisions), default=0)
+    number = 1 + int(max(_known(), default=0))
     with PostgresServer() as server:
         # The superuser is called what the schema is called. On its default search path Alembic would take the
         # schema for the default one and every table for a stranger.

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from enum import StrEnum
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import psycopg
-import sqlalchemy.orm  # noqa: F401 -- before the threads: half imported by one of them, it fails SQLAlchemy in another
 from amqp.exceptions import PreconditionFailed
 from kombu import Queue
 from kombu.utils.url import url_to_parts
@@ -76,6 +76,8 @@ def diagnose(services: Services) -> list[Finding]:
         "extraction": _extraction,
         "discovery": _discovery,
     }
+    # Before the threads: half imported by one of them, it fails SQLAlchemy in another.
+    import_module("sqlalchemy.orm")
     deadline = time.monotonic() + PATIENCE
     examinations = [_Examination(name, check, services) for name, check in checks.items()]
     return [finding for examination in examinations for finding in examination.findings(deadline)]

@@ -187,7 +187,7 @@ def test_accepts_nothing(
     scene.conclude(evidence)
 
     assert not traffic.refusals, traffic.refusals
-    eventually(lambda: statuses(stack) == {"ready"}, within=NOTICED, what="every worker is ready, and no more")
+    eventually(lambda: statuses(stack) == {"ready"}, within=NOTICED, what="every worker is ready, and no more", every=1)
 
 
 def statuses(stack: Stack) -> set[str]:

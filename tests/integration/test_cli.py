@@ -126,6 +126,13 @@ def test_version_and_help(bare: Shell) -> None:
     assert "orchestrator run 7 --wait" in bare.succeed("run", "--help").out
 
 
+def test_what_few_commands_need_delays_no_other() -> None:
+    """Alembic, and the part of SQLAlchemy that maps objects, would be a third of a command's start."""
+    probe = "import sys, orchestrator.__main__; print(sys.modules.keys() & {'alembic', 'sqlalchemy.orm'})"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

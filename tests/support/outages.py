@@ -48,6 +48,8 @@ NOTICED: Final = 30.0
 """Seconds in which an operator must see that something is wrong, and what."""
 
 _ANSWER: Final = 4.0
+_LOOK: Final = 1.0
+"""Seconds between two looks of an operator: a command takes a processor to itself for most of one."""
 
 
 @dataclass(frozen=True)
@@ -390,7 +392,7 @@ def await_told(stack: Stack, run_id: UUID, *codes: str) -> str:
         return any(each["id"] == str(run_id) and each["error_code"] in codes for each in listed)
 
     try:
-        eventually(told, within=NOTICED, what=f"an operator is told {codes}")
+        eventually(told, within=NOTICED, what=f"an operator is told {codes}", every=_LOOK)
     except AssertionError as error:
         raise AssertionError(f"{error}; in {len(seen)} looks, at last it said {seen[-1]}") from None
     assert seen[-1]["run"]["pending"] > 0
@@ -412,7 +414,7 @@ def await_degraded(stack: Stack, *, answers: bool = True) -> str:
         return {node["status"] for node in seen[-1]} <= expected
 
     try:
-        eventually(told, within=NOTICED, what="`orchestrator workers` says that the workers are degraded")
+        eventually(told, within=NOTICED, what="`orchestrator workers` says that the workers are degraded", every=_LOOK)
     except AssertionError as error:
         raise AssertionError(f"{error}; at last it said {seen[-1]}") from None
     probe = command(stack, "ready", "worker")

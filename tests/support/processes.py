@@ -20,7 +20,6 @@ from typing import Final, Self, TypeVar
 
 Answer = TypeVar("Answer")
 
-_POLL: Final = 0.02
 _GUARD: Final = """
 import os, signal, sys
 groups = set()
@@ -34,8 +33,8 @@ for group in groups:
 """
 
 
-def eventually(predicate: Callable[[], Answer], *, within: float, what: str) -> Answer:
-    """Return the predicate's first true answer.
+def eventually(predicate: Callable[[], Answer], *, within: float, what: str, every: float = 0.02) -> Answer:
+    """Return the predicate's first true answer; ask it again after ``every`` seconds.
 
     Raises:
         AssertionError: there is none in time; the message says what was awaited.
@@ -44,7 +43,7 @@ def eventually(predicate: Callable[[], Answer], *, within: float, what: str) -> 
     while not (answer := predicate()):
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {within} s: {what}")
-        time.sleep(_POLL)
+        time.sleep(every)
     return answer
 
 
