@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -40,23 +41,20 @@ SOURCES: Final = 4_000
 @pytest.fixture(scope="module")
 def scenes(
     postgres_server: PostgresServer, rabbitmq: RabbitMQServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scenes]:
-    """Scenes in vhosts of their own, with two workers and small batches."""
-
-    def make(number: int) -> Scene:
-        database = postgres_server.create_database(f"broker_{number}")
-        url = rabbitmq.vhost_url(rabbitmq.fresh_vhost())
-        stack = Stack.on_rabbitmq(database, url, tmp_path_factory.mktemp("broker"), DISPATCH__BATCH_SIZE="25")
-        stack.prepare()
-        return Scene(stack, sources=SOURCES, workers=2)
-
-    scenes = Scenes(make)
-    yield scenes
-    scenes.close()
+) -> Iterator[Scenes[Scene]]:
+    """Scenes with two workers and small batches."""
+    with Scenes(
+        postgres_server,
+        rabbitmq,
+        tmp_path_factory,
+        partial(Scene, sources=SOURCES, workers=2),
+        DISPATCH__BATCH_SIZE="25",
+    ) as scenes:
+        yield scenes
 
 
 @pytest.fixture
-def scene(scenes: Scenes, rabbitmq: RabbitMQServer) -> Scene:
+def scene(scenes: Scenes[Scene], rabbitmq: RabbitMQServer) -> Scene:
     """A scene that is whole, with a beat."""
     rabbitmq.start()
     scene = scenes.take()

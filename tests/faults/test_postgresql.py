@@ -61,23 +61,20 @@ def postgres() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="module")
 def scenes(
     postgres: PostgresServer, rabbitmq_server: RabbitMQServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scenes]:
-    """Scenes in databases of their own, with two workers and small batches."""
-
-    def make(number: int) -> Scene:
-        database = postgres.create_database(f"hurt_{number}")
-        url = rabbitmq_server.vhost_url(rabbitmq_server.fresh_vhost())
-        stack = Stack.on_rabbitmq(database, url, tmp_path_factory.mktemp("postgresql"), DISPATCH__BATCH_SIZE="25")
-        stack.prepare()
-        return Scene(stack, sources=SOURCES, workers=2)
-
-    scenes = Scenes(make)
-    yield scenes
-    scenes.close()
+) -> Iterator[Scenes[Scene]]:
+    """Scenes with two workers and small batches."""
+    with Scenes(
+        postgres,
+        rabbitmq_server,
+        tmp_path_factory,
+        partial(Scene, sources=SOURCES, workers=2),
+        DISPATCH__BATCH_SIZE="25",
+    ) as scenes:
+        yield scenes
 
 
 @pytest.fixture
-def scene(scenes: Scenes, postgres: PostgresServer) -> Scene:
+def scene(scenes: Scenes[Scene], postgres: PostgresServer) -> Scene:
     """A scene that is whole, with a beat that has a role of its own, to be told apart."""
     postgres.start()
     scene = scenes.take()

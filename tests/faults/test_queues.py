@@ -66,27 +66,16 @@ class QueueScene(Scene):
 @pytest.fixture(scope="module")
 def scenes(
     postgres_server: PostgresServer, rabbitmq_server: RabbitMQServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scenes]:
-    """Scenes in vhosts of their own, on servers that stay whole."""
-
-    def make(number: int) -> QueueScene:
-        database = postgres_server.create_database(f"queues_{number}")
-        url = rabbitmq_server.vhost_url(rabbitmq_server.fresh_vhost())
-        stack = Stack.on_rabbitmq(database, url, tmp_path_factory.mktemp("queues"), DISPATCH__BATCH_SIZE="5")
-        stack.prepare()
-        return QueueScene(stack)
-
-    scenes = Scenes(make)
-    yield scenes
-    scenes.close()
+) -> Iterator[Scenes[QueueScene]]:
+    """Scenes on servers that stay whole."""
+    with Scenes(postgres_server, rabbitmq_server, tmp_path_factory, QueueScene, DISPATCH__BATCH_SIZE="5") as scenes:
+        yield scenes
 
 
 @pytest.fixture
-def scene(scenes: Scenes) -> QueueScene:
+def scene(scenes: Scenes[QueueScene]) -> QueueScene:
     """A scene that is whole."""
-    scene = scenes.take()
-    assert isinstance(scene, QueueScene)
-    return scene
+    return scenes.take()
 
 
 # --- The queue to the Extractor -------------------------------------------------------------------------------------

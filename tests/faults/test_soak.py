@@ -29,10 +29,10 @@ from tests.support.rabbitmq import RabbitMQServer
 from tests.support.rounds import LONG
 from tests.support.stack import Stack
 
-SECONDS: Final = 1_800 if LONG else 15
-PAUSE: Final = 20.0 if LONG else 3.0
+SECONDS: Final = 1_800 if LONG else 10
+PAUSE: Final = 20.0 if LONG else 2.0
 """Seconds between two faults, at most."""
-SOURCES: Final = range(1, 1_001)
+SOURCES: Final = range(1, 1_001 if LONG else 301)
 MIB: Final = 2**20
 GROWTH: Final = 8 * MIB
 """Bytes that a process may have grown between the first and the last third: arenas and caches settle late."""

@@ -22,7 +22,7 @@ from uuid import UUID, uuid5
 import amqp
 import psycopg
 
-from tests.support.processes import Process, eventually
+from tests.support.processes import Process, eventually, local_ports
 from tests.support.stack import Stack, amqp_connection
 
 CRAWL_QUEUE: Final = "orchestrator.crawl"
@@ -186,33 +186,14 @@ class Beats:
         ports = self.stack.query(
             "SELECT client_port FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
-        for row in ports:
-            for beat in self.running:
-                if _sockets_at(row["client_port"]) & _sockets_of(beat.pid):
-                    return beat
-        return None
+        waiting = {row["client_port"] for row in ports}
+        return next((beat for beat in self.running if waiting & local_ports(beat.pid)), None)
 
     def last_claimer(self, since: datetime) -> Process | None:
         """Return who has claimed slots after a moment, if anyone has who still runs."""
         names = self.stack.query("SELECT DISTINCT claimed_by FROM orchestrator.firings WHERE claimed_at > %s", since)
         claimers = {row["claimed_by"].split(":")[1] for row in names}
         return next((beat for beat in self.running if str(beat.pid) in claimers), None)
-
-
-def _sockets_at(port: int) -> set[str]:
-    """Return the sockets with a local port; closed ones linger, and one port may have several peers."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return {f"socket:[{row[9]}]" for row in rows if int(row[1].partition(":")[2], 16) == port}
-
-
-def _sockets_of(pid: int) -> set[str]:
-    found = set()
-    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
-        try:
-            found.add(os.fspath(descriptor.readlink()))
-        except OSError:
-            continue
-    return found
 
 
 class Witness:

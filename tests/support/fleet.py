@@ -7,7 +7,6 @@ A worker that ends without a test's doing fails the test: it is what somebody wo
 """
 
 import json
-import os
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Final, Self
 from uuid import UUID
 
-from tests.support.processes import Process, children_of, eventually
+from tests.support.processes import Process, children_of, eventually, local_ports
 from tests.support.stack import Stack
 
 SHUTDOWN: Final = 30.0
@@ -175,7 +174,7 @@ class Fleet:
         (row,) = self.stack.query(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND xact_start IS NOT NULL"
             " AND client_port = ANY(%s)",
-            sorted(set[int]().union(*map(_local_ports, children))),
+            sorted(set[int]().union(*map(local_ports, children))),
         )
         return bool(row["count"])
 
@@ -250,13 +249,3 @@ def _last_run(worker: Process) -> UUID | None:
             with suppress(ValueError):  # a line half written
                 return UUID(json.loads(line)["run_id"])
     return None
-
-
-def _local_ports(pid: int) -> set[int]:
-    """Return the local TCP ports of a process."""
-    sockets = set()
-    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
-        with suppress(OSError):
-            sockets.add(os.fspath(descriptor.readlink()))
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return {int(row[1].partition(":")[2], 16) for row in rows if f"socket:[{row[9]}]" in sockets}

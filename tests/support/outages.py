@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
-from typing import Any, Final, LiteralString, Self
+from typing import Any, Final, Generic, LiteralString, Self, TypeVar
 from uuid import UUID, uuid4
 
 import amqp
 import kombu.exceptions
 import psycopg
+import pytest
 from celery import Celery
 from psycopg import sql
 
@@ -33,6 +34,7 @@ from tests.support.evidence import Evidence
 from tests.support.oracle import Oracle, Verdict
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Process, eventually
+from tests.support.rabbitmq import RabbitMQServer
 from tests.support.stack import CRAWL_TASK, Stack, amqp_connection
 
 BIG: Final = 1
@@ -228,7 +230,7 @@ class Traffic(Caller):
     def __enter__(self) -> Self:
         self._stop.clear()
         self.refusals, self.repeats = [], 0
-        callers = ((partial(self._asked, task_id=SMALL), self._pause), (self._commanded, 6 * self._pause))
+        callers = ((partial(self._asked, task_id=SMALL), self._pause), (self._commanded, 16 * self._pause))
         self._threads = [threading.Thread(target=self._go_on, args=caller, daemon=True) for caller in callers]
         for thread in self._threads:
             thread.start()
@@ -350,29 +352,56 @@ class Scene:
         self.whole = True
 
 
-class Scenes:
+AnyScene = TypeVar("AnyScene", bound=Scene)
+
+
+class Scenes(Generic[AnyScene]):
     """Hands out one scene again and again, and another once a test has failed.
 
     Args:
-        make: makes the scene of this number.
+        postgres: where each has a database of its own.
+        rabbitmq: where each has a vhost of its own.
+        directories: where each has one for its processes.
+        make: makes a scene of a set-up.
+        settings: of its processes.
     """
 
-    def __init__(self, make: Callable[[int], Scene]) -> None:
+    def __init__(
+        self,
+        postgres: PostgresServer,
+        rabbitmq: RabbitMQServer,
+        directories: pytest.TempPathFactory,
+        make: Callable[[Stack], AnyScene],
+        **settings: str,
+    ) -> None:
+        self._servers = postgres, rabbitmq
+        self._directories = directories
         self._make = make
-        self._made: list[Scene] = []
+        self._settings = settings
+        self._made: list[AnyScene] = []
 
-    def take(self) -> Scene:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for scene in self._made:
+            scene.stack.close()
+
+    def take(self) -> AnyScene:
         """Return a scene that is whole; :meth:`Scene.conclude` says that it still is."""
         if not self._made or not self._made[-1].whole:
-            self._made.append(self._make(len(self._made)))
+            self._made.append(self._make(self._prepared()))
         scene = self._made[-1]
         scene.whole = False
         return scene
 
-    def close(self) -> None:
-        """End them all."""
-        for scene in self._made:
-            scene.stack.close()
+    def _prepared(self) -> Stack:
+        postgres, rabbitmq = self._servers
+        directory = self._directories.mktemp("scene")
+        url = rabbitmq.vhost_url(rabbitmq.fresh_vhost())
+        stack = Stack.on_rabbitmq(postgres.create_database(directory.name), url, directory, **self._settings)
+        stack.prepare()
+        return stack
 
 
 # --- The operator ---------------------------------------------------------------------------------------------------

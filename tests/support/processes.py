@@ -71,6 +71,16 @@ def _first_ephemeral_port() -> int:
 _EPHEMERAL: Final = _first_ephemeral_port()
 
 
+def local_ports(pid: int) -> set[int]:
+    """Return the local TCP ports of a process."""
+    sockets = set()
+    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):
+            sockets.add(os.fspath(descriptor.readlink()))
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].partition(":")[2], 16) for row in rows if f"socket:[{row[9]}]" in sockets}
+
+
 def guard_group(group: int) -> None:
     """Have a process group killed should this process die."""
     _tell_guard(f"+{group}")
