@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import astuple
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from time import monotonic
 from typing import Any, Final
 
@@ -203,14 +203,20 @@ def _declare(connection: Connection | pyamqp.Connection, what: str, declare: Cal
             declare(channel)
     except amqp.exceptions.AccessRefused as error:
         sentence = f"we may not declare the {what}, so it must exist: grant our broker user the right to configure it"
-        _log.warning(Event.QUEUE_ARGUMENTS_DIFFER, what=what, error=f"{sentence}. Broker: {error.reply_text}")
+        _warn_once(what, f"{sentence}. Broker: {error.reply_text}")
     except amqp.exceptions.PreconditionFailed as error:
         sentence = (
             f"the {what} exists with another type or other arguments than plain Celery clients declare, so the broker"
             " will refuse those that do (406): delete it while it is unused and let a worker declare it; queue type,"
             " limits and dead-lettering belong in a policy or the vhost's default queue type"
         )
-        _log.warning(Event.QUEUE_ARGUMENTS_DIFFER, what=what, error=f"{sentence}. Broker: {error.reply_text}")
+        _warn_once(what, f"{sentence}. Broker: {error.reply_text}")
+
+
+@cache
+def _warn_once(what: str, error: str) -> None:
+    # A process declares every half minute.
+    _log.warning(Event.QUEUE_ARGUMENTS_DIFFER, what=what, error=error)
 
 
 class Sender:
@@ -273,7 +279,7 @@ class Sender:
         """Have RabbitMQ confirm a message that goes nowhere; in PostgreSQL there is no broker to ask.
 
         Args:
-            anew: on a new connection, which declares the topology where it is missing.
+            anew: on a new connection, if that can be had, which declares the topology where it is missing.
 
         Raises:
             PublishError: the broker takes no messages.
@@ -282,7 +288,7 @@ class Sender:
             if self._line is None:
                 return
             if anew:
-                self._line.close()
+                self._line.reopen()
             fate = self._line.send(_PROBE, [(_ANY_ID.encode(), b"{}")])
         if fate.error is not None:
             raise fate.error

@@ -5,6 +5,7 @@ locks free themselves after ``idle_in_transaction_session_timeout``, or in the m
 ``tcp_user_timeout``.
 """
 
+import select
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -30,7 +31,9 @@ SILENCE: Final = 5.0
 """Seconds without a byte from the server after which it is asked whether it is still at it."""
 _ASKING: Final = 3  # seconds to connect within; with those before and the next connection 13 in all
 _LONGEST: Final = 130.0  # seconds; a statement's own time-out, and a little
-_BUSY: Final = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state IN ('active', 'fastpath function call')"
+_STATE: Final = "SELECT state FROM pg_stat_activity WHERE pid = %s"
+_BUSY: Final = frozenset({"active", "fastpath function call"})
+_UNKNOWN: Final = "disabled"  # track_activities is off
 _SESSION: Final = {
     "idle_in_transaction_session_timeout": "30s",
     "lock_timeout": "10s",
@@ -154,7 +157,9 @@ class _Session(psycopg.Connection[Any]):
                 if ready:
                     heard_at = monotonic()
                 elif monotonic() - heard_at > SILENCE:
-                    if not self._is_served(give_up=monotonic() - began_at > _LONGEST):
+                    served = self._is_served(give_up=monotonic() - began_at > _LONGEST)
+                    # A backend may be idle for having answered meanwhile.
+                    if not served and not self._has_answer():
                         # What either side says from now on would be taken for the answer to something else.
                         self.pgconn.finish()
                         raise psycopg.OperationalError(f"no answer for {monotonic() - heard_at:.0f} s: connection lost")
@@ -165,13 +170,25 @@ class _Session(psycopg.Connection[Any]):
             return answer
 
     def _is_served(self, *, give_up: bool) -> bool:
+        # Of several servers the one that this session is on.
+        info = self.info
+        where = {"host": info.host, "hostaddr": info.hostaddr, "port": info.port}
+        given: dict[str, Any] = {word: value for word, value in where.items() if value}
         try:
-            with _Question.connect(self.conninfo, connect_timeout=_ASKING, autocommit=True) as other:
-                found = other.execute(_BUSY, [self.backend]).fetchone()
+            with _Question.connect(self.conninfo, connect_timeout=_ASKING, autocommit=True, **given) as other:
+                found = other.execute(_STATE, [self.backend]).fetchone()
         except psycopg.Error as error:
-            # A server that has a reason to refuse is alive; whether our connection is, cannot be told.
-            return error.sqlstate is not None and not give_up
-        return found is not None
+            # A server that has a reason to refuse is alive; whether our connection is, cannot be told. Of a refused
+            # connection psycopg has no SQLSTATE, only the text.
+            return "FATAL" in str(error) and not give_up
+        if found is None:
+            return False
+        return found[0] in _BUSY or (found[0] == _UNKNOWN and not give_up)
+
+    def _has_answer(self) -> bool:
+        poll = select.poll()
+        poll.register(self.pgconn.socket, select.POLLIN)
+        return any(event & select.POLLIN for _, event in poll.poll(0))
 
 
 @contextmanager

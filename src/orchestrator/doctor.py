@@ -306,7 +306,7 @@ def _nodes(services: Services) -> Iterator[Finding]:
             yield Finding(f"{kind}s", Status.WARN, f"no {kind} is alive: {consequence}", remedy)
     for node in alive:
         if node.status is not NodeStatus.READY:
-            detail = f"{node.name} is {node.status}: {node.problem or node.degraded}"
+            detail = f"{node.name} is {node.status}: {node.because}"
             yield Finding(f"{node.kind}s", Status.WARN, detail, _NODES_REMEDY)
     consumed = {queue for node in alive for queue in node.queues}
     for queue in (ANALYSIS_QUEUE, CRAWL_QUEUE):

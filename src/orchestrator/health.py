@@ -49,8 +49,16 @@ class Attendance:
         at, reason = self._last
         if reason is not None:
             return reason
-        silence = self._clock() - at
-        return None if silence <= self.limit else f"its consumer has not looked for messages for {silence:.0f} s"
+        if self._clock() - at <= self.limit:
+            return None
+        # The same words each time: whatever changes is written to the ledger at once.
+        return f"its consumer has not looked for messages for more than {self.limit:.0f} s"
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a consumer that was there has been silent for twice the limit: it will not come back by itself."""
+        at, reason = self._last
+        return reason is None and self._clock() - at > 2 * self.limit
 
 
 class BrokerWatch:

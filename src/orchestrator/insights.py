@@ -109,6 +109,11 @@ class NodeView:
             return NodeStatus.NOT_READY
         return NodeStatus.READY if self.degraded is None else NodeStatus.DEGRADED
 
+    @property
+    def because(self) -> str | None:
+        """Why it is not simply ready, as far as it said so itself."""
+        return self.problem or self.degraded
+
 
 @dataclass(frozen=True, slots=True)
 class FiringView:

@@ -6,7 +6,8 @@ between and during them, so that neither side can wait for the other. Every wait
 
 A message is confirmed when it was acked, not nacked and not returned: an unroutable message is returned *and*
 acked. After anything but a complete success the connection is thrown away, for a late ack of the old batch
-would confirm a message of the next one.
+would confirm a message of the next one. Only one that the broker blocked is kept for a while, to listen on: a broker
+short of memory keeps those that their clients drop, too, until it has recovered.
 """
 
 import math
@@ -72,6 +73,7 @@ class Patience:
         confirm: without any progress: nothing confirmed and nothing accepted for sending.
         blocked: the same once the broker has said that it is blocked, for what it read before.
         batch: one batch in all.
+        recovery: how long a blocked connection is listened on for the alarm's end before another one is tried.
         goodbye: the answer when a good connection is closed.
         idle: a connection unused for longer is replaced. Heartbeats are off, for nobody would serve them between
             batches: a network that forgot the connection goes unnoticed until the next write.
@@ -83,6 +85,7 @@ class Patience:
     confirm: float = 10.0
     blocked: float = 0.5
     batch: float = math.inf
+    recovery: float = 60.0
     goodbye: float = 1.0
     idle: float = 20.0
 
@@ -107,6 +110,7 @@ class Line:
         self._set_up = set_up
         self._patience = patience
         self._session: _Session | None = None
+        self._blocked: _Session | None = None
 
     def __str__(self) -> str:
         return str(self._address)
@@ -138,17 +142,38 @@ class Line:
         finally:
             if fate is not None and fate.error is None:
                 self._session = session
+            elif fate is not None and isinstance(fate.error, BrokerBlockedError):
+                self._blocked = session
             else:
                 session.reset()
         return fate
+
+    def reopen(self) -> None:
+        """Have the queues made sure of: on a new connection, unless the broker is known to be blocked.
+
+        Raises:
+            PublishError: it cannot.
+        """
+        if self._blocked is None:
+            self.close()
+        self._ready()
 
     def close(self) -> None:
         """Let go of the connection, within :attr:`Patience.goodbye`. Publishing again opens a new one."""
         if self._session is not None:
             session, self._session = self._session, None
             session.close()
+        self._forget_blocked()
+
+    def _forget_blocked(self) -> None:
+        if self._blocked is not None:
+            session, self._blocked = self._blocked, None
+            session.reset()
 
     def _ready(self) -> "_Session":
+        if self._blocked is not None:
+            self._blocked.require_unblocked()
+            self._forget_blocked()
         if self._session is not None and not self._session.is_good():
             self.close()
         if self._session is None:
@@ -332,6 +357,19 @@ class _Session:
             return False
         return True
 
+    def require_unblocked(self) -> None:
+        """Take in what the broker said meanwhile; how this connection is besides does not matter.
+
+        Raises:
+            BrokerBlockedError: it is still in alarm, and has been for less than :attr:`Patience.recovery`.
+        """
+        if self._process != os.getpid() or monotonic() - self._used_at > self._patience.recovery:
+            return
+        with suppress(OSError, PAMQPException, BrokerUnreachableError):
+            self._read()
+            if self._blocked is not None:
+                raise self._out_of_patience()
+
     def send(self, template: FrameTemplate, messages: Iterator[tuple[bytes, ...]]) -> Fate:
         """Publish messages and await their confirms."""
         fate = self._fate = Fate(self._next_tag)
@@ -460,7 +498,8 @@ def _broken_after(seconds: float, connection: pyamqp.Connection) -> Iterator[Non
     """Break a connection that is not open in time: py-amqp's own time-outs begin anew with every byte that arrives."""
 
     def break_it() -> None:
-        sock = getattr(connection.transport, "sock", None)
+        # Not the property: it connects where nothing is connected yet.
+        sock = getattr(getattr(connection, "_transport", None), "sock", None)
         if sock is not None:
             with suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)

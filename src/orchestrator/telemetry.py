@@ -88,6 +88,8 @@ class Event(StrEnum):
     """The broker takes no messages now; the node goes on with what it has: error."""
     BROKER_RECOVERED = "broker.recovered"
     """It takes them again."""
+    CONSUMER_STUCK = "consumer.stuck"
+    """A worker's connection to the broker stalled in the middle of a frame and is broken, to make a new one: error."""
     DATABASE_WAITING = "database.waiting"
     """A process waits for the database or its migration: error."""
     DATABASE_READY = "database.ready"

@@ -37,6 +37,7 @@ _LONGEST_ID: Final = 500
 
 _BURY_AGAIN: Final = 10.0  # seconds
 _SIGN_OF_LIFE: Final = 1.0  # seconds
+_SOLO_HEARTBEAT: Final = 60.0  # seconds
 
 _log = logger(__name__)
 # The consumer's own connection: the pulse may be in the middle of many confirms on the other.
@@ -71,8 +72,10 @@ def _prepare(sender: Any, **_: object) -> None:
     concurrency = 1 if solo else sender.concurrency
     _node = Node(name, "worker", tuple(app.amqp.queues.consume_from), concurrency, socket.gethostname())
     if solo:
-        # It looks for messages between two deliveries, and one may last a slice and what follows it.
+        # It looks for messages, and serves its connection, between two deliveries, and one may last a slice and what
+        # follows it.
         _attendance.limit = 3 * ABSENT_AFTER
+        sender.app.conf.broker_heartbeat = _SOLO_HEARTBEAT
 
 
 @signals.worker_shutting_down.connect
@@ -86,7 +89,7 @@ def _leave(**_: object) -> None:
 
 
 class PulseStep(bootsteps.StartStopStep):
-    """Runs the pulse in a thread of the worker's main process."""
+    """Runs the pulse in a thread of the worker's main process, and has it revive a consumer that is stuck."""
 
     requires = ("celery.worker.components:Pool",)
 
@@ -103,6 +106,7 @@ class PulseStep(bootsteps.StartStopStep):
         self._watch.start()
         self._thread = threading.Thread(target=pulse.run, args=(self._stop,), name="pulse", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._revive_consumer, name="consumer watch", daemon=True).start()
 
     def stop(self, parent: Any) -> None:
         """Stop beating and sign off."""
@@ -113,12 +117,29 @@ class PulseStep(bootsteps.StartStopStep):
         if self._thread is not None:
             self._thread.join(timeout=5)
 
+    def _revive_consumer(self) -> None:
+        """Break the connection of a consumer that is stuck, so that it makes a new one.
+
+        py-amqp reads on until a frame is complete. Where the rest of it never comes, a worker would neither consume
+        nor hear SIGTERM any more.
+        """
+        while not self._stop.wait(_SIGN_OF_LIFE):
+            if _attendance.stuck and _consumer is not None and (sock := _consumer.broker_socket) is not None:
+                _log.error(Event.CONSUMER_STUCK, error=_attendance.problem)
+                _attendance.absent("its connection to the broker was stuck")
+                with suppress(OSError):
+                    # TLS has its own idea of shutdown, which waits for the other side.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
 
 app.steps["worker"].add(PulseStep)
 
 
 class _UndeliverableError(Exception):
     """A message that no task can take; says why."""
+
+
+_consumer: "Consumer | None" = None
 
 
 class Consumer(CeleryConsumer):
@@ -129,18 +150,25 @@ class Consumer(CeleryConsumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Celery's events, heartbeats of its own and gossip, are published from the loop that consumes, and each would
         # wait for its confirm: as long as a broker is in alarm nothing would be consumed, and SIGTERM not be heard.
-        super().__init__(*args, **{**kwargs, "without_heartbeat": True, "without_gossip": True, "without_mingle": True})
+        silent = {"task_events": False, "without_heartbeat": True, "without_gossip": True, "without_mingle": True}
+        super().__init__(*args, **{**kwargs, **silent})
         # A queue may be deleted between being declared and being bound or consumed: connect and declare anew.
         self.connection_errors = (*self.connection_errors, amqp.exceptions.NotFound)
 
     def stop(self) -> None:
         """Stop; a broker is told goodbye a dozen times, so one that does not answer gets a second for each."""
-        with suppress(AttributeError, OSError):  # no RabbitMQ, or no connection
-            connection: Any = self.connection
-            connection.connection.transport.sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0)
-            )
+        if (sock := self.broker_socket) is not None:
+            with suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
         super().stop()
+
+    @property
+    def broker_socket(self) -> socket.socket | None:
+        """The socket to RabbitMQ, if there is a connection to one."""
+        # By private names: the public ones connect where nothing is connected.
+        connection = getattr(self.connection, "_connection", None)
+        sock: socket.socket | None = getattr(getattr(connection, "_transport", None), "sock", None)
+        return sock
 
     def connect(self) -> Connection:
         """Connect, and declare what is missing: whoever comes first, and again after a broker lost it."""
@@ -148,12 +176,20 @@ class Consumer(CeleryConsumer):
         # Prefetch per consumer: quorum queues refuse the global kind (540), and Celery looks for them among the
         # arguments that a queue was declared with, of which ours have none.
         connection.transport.qos_semantics_matches_spec = lambda _: True  # type: ignore[method-assign, assignment] # no setting
-        declare_topology(connection)
+        try:
+            declare_topology(connection)
+        except Exception as error:
+            connection.collect()
+            if isinstance(error, amqp.exceptions.NotFound):
+                sleep(1)  # it is tried again at once, and whoever deletes things may need a moment
+            raise
         return connection
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Show life from within the event loop for as long as this connection lasts."""
+        global _consumer  # noqa: PLW0603 -- a worker has one
         super().register_with_event_loop(hub)
+        _consumer = self
         _attendance.present()
         hub.call_repeatedly(_SIGN_OF_LIFE, _attendance.present)
 

@@ -49,15 +49,35 @@ def random() -> Random:
 _EVIDENCE: Final = pytest.StashKey[Evidence]()
 
 
+def _record(item: pytest.Item) -> Evidence:
+    if (record := item.stash.get(_EVIDENCE, None)) is None:
+        marker = item.get_closest_marker("fault")
+        assert marker is not None, "a fault test names its fault: @pytest.mark.fault('what is done to what')"
+        variant = f" ({item.callspec.id})" if hasattr(item, "callspec") else ""
+        record = item.stash[_EVIDENCE] = Evidence(marker.args[0] + variant, item.nodeid, SEED)
+    return record
+
+
 @pytest.fixture(autouse=True)
 def evidence(request: pytest.FixtureRequest) -> Evidence:
     """The record of this test's fault, for docs/reliability.md; its name is the marker's."""
-    marker = request.node.get_closest_marker("fault")
-    assert marker is not None, "a fault test names its fault: @pytest.mark.fault('what is done to what')"
-    variant = f" ({request.node.callspec.id})" if hasattr(request.node, "callspec") else ""
-    record = Evidence(marker.args[0] + variant, request.node.name, SEED)
-    request.node.stash[_EVIDENCE] = record
-    return record
+    return _record(request.node)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave a record of every test that is to run, so that one that is not run can be told."""
+    for item in session.items:
+        if item.get_closest_marker("fault"):
+            _record(item).announce()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Check what can only be told at a test's end."""
+    result = yield
+    _record(item).assert_few_duplicates()
+    return result
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,10 +86,13 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Save the record once its outcome is known."""
     report = yield
-    record = item.stash.get(_EVIDENCE, None)
-    if record is not None and (call.when == "call" or report.failed):
+    if call.when == "call" or not report.passed:
+        record = _record(item)
         record.outcome, record.seconds = report.outcome, record.seconds + report.duration
-        record.trials = record.trials or 1
+        if isinstance(report.longrepr, tuple):
+            record.notes.append(report.longrepr[2])  # why it was skipped
+        elif call.when == "call":
+            record.trials = record.trials or 1
         record.save()
     return report
 

@@ -15,7 +15,7 @@ from tests.faults.conftest import StackFactory
 from tests.support.discovery_server import DiscoveryServer, answer, silence
 from tests.support.evidence import Evidence
 from tests.support.fleet import Fleet, Position
-from tests.support.oracle import Oracle, Verdict
+from tests.support.oracle import RESUMED, Oracle, Verdict
 from tests.support.processes import Process, children_of, eventually
 from tests.support.rounds import LONG, rounds
 from tests.support.stack import Stack
@@ -24,8 +24,6 @@ BATCH: Final = 20
 PACE: Final = 1_200
 """Messages between two kills, at least: one batch a kill can come twice, and that is to be less than 2 %."""
 SOURCES: Final = range(1, 3_001 if LONG else 1_001)
-RESUMED: Final = 60.0
-"""Seconds after a fault in which work must go on."""
 
 _OFTEN: Final = 0.8
 """Share of kills that wait for a worker in mid-fan-out; the others meet any, wherever it is, even starting."""
@@ -100,7 +98,7 @@ class Siege:
             since, killed_at = interruption
             if self.fleet.gone_on(since):
                 self._interrupted.remove(interruption)
-                self.evidence.recoveries.append(time.monotonic() - killed_at)
+                self.evidence.recovered(time.monotonic() - killed_at)
         return self._interrupted
 
 
@@ -122,9 +120,6 @@ def test_kill_9_of_workers_under_load(make_rabbitmq: StackFactory, random: Rando
     verdict = siege.judge()
     evidence.note(f"{siege.in_a_batch} of them within a batch")
     assert verdict.duplicates <= BATCH * siege.kills, "more than one batch for each kill came twice"
-    if LONG:
-        assert verdict.duplicates < 0.02 * verdict.messages
-    assert max(evidence.recoveries) < RESUMED
 
 
 @pytest.mark.fault("kill -9 of workers on the embedded set-up, where message and mark share a transaction")
@@ -140,7 +135,6 @@ def test_kill_9_of_workers_on_the_embedded_set_up(
         fleet.assert_well()
 
     assert siege.judge().duplicates == 0
-    assert max(evidence.recoveries) < RESUMED
 
 
 @pytest.mark.fault("kill -9 of a worker's child in the middle of a batch")
@@ -179,8 +173,6 @@ def test_kill_9_of_a_pool_child_in_the_middle_of_a_batch(
     verdict = Oracle(stack).assert_holds(dict.fromkeys(fleet.crawls, SOURCES))
     evidence.saw(verdict)
     assert verdict.duplicates <= BATCH * evidence.trials, "more than one batch for each kill came twice"
-    if LONG:
-        assert verdict.duplicates < 0.02 * verdict.messages
 
 
 @pytest.mark.fault("kill -9 of a worker's children in the middle of calls to the Discovery Service")

@@ -18,7 +18,7 @@ import pytest
 from tests.support.beats import Beats, Intervals, Witness
 from tests.support.evidence import Evidence
 from tests.support.network import Network, open_network
-from tests.support.oracle import Oracle
+from tests.support.oracle import RESUMED, Oracle
 from tests.support.processes import eventually
 from tests.support.proxy import (
     CutAfterCommit,
@@ -38,8 +38,6 @@ from tests.support.proxy import (
 )
 from tests.support.rounds import LONG, SEED
 
-IN_TIME: Final = 60.0
-"""Seconds after the end of a fault in which every run must be over."""
 SOURCES: Final = 3_000 if LONG else 1_500
 BOTH: Final = tuple(Toward)
 """Both directions."""
@@ -194,13 +192,13 @@ def test_schedules_of_network_faults(network: Network, evidence: Evidence) -> No
         evidence.trials += 1
         try:
             with evidence.recovery():
-                network.stack.await_run(run_id, within=IN_TIME)
+                network.stack.await_run(run_id, within=RESUMED)
         except AssertionError as error:
             raise AssertionError(f"schedule {number}, {schedule}: {error}") from None
         oracle.read_wire()
         assert all(worker.running for worker in workers), f"a worker ended in schedule {number}, {schedule}"
 
-    evidence.saw(oracle.assert_holds(expected, within=IN_TIME))
+    evidence.saw(oracle.assert_holds(expected))
     network.assert_no_call_was_long()
     assert in_time > evidence.trials / 2, "most runs were over before the first fault"
     done = network.done()
@@ -266,7 +264,7 @@ def test_commits_of_a_worker_whose_replies_were_lost(network: Network, evidence:
         network.stack.application.add_task(number, range(1, 501))
         run_id = network.stack.crawl(number)
         with evidence.recovery():
-            network.stack.await_run(run_id, within=IN_TIME)
+            network.stack.await_run(run_id, within=RESUMED)
         assert network.done()["commits_cut"] > cut, f"no transaction with {statement!r} was committed"
         expected[run_id] = range(1, 501)
         evidence.trials += 1
@@ -296,7 +294,7 @@ def test_slots_whose_claim_was_committed_and_not_answered_start_once(network: Ne
         tasks.await_read()
         network.database.arm(CutAfterCommit(b"orchestrator.firings", times=cuts))
         eventually(
-            lambda: network.done()["commits_cut"] == cuts, within=IN_TIME, what=f"{cuts} claims have lost their reply"
+            lambda: network.done()["commits_cut"] == cuts, within=RESUMED, what=f"{cuts} claims have lost their reply"
         )
         with evidence.recovery():
             tasks.await_fired(1)

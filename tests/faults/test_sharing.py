@@ -12,14 +12,12 @@ from tests.support.beats import Beats, Intervals
 from tests.support.discovery_server import DiscoveryServer, answer
 from tests.support.evidence import Evidence
 from tests.support.fleet import SHUTDOWN, Fleet, Position
-from tests.support.oracle import Oracle
+from tests.support.oracle import RESUMED, Oracle
 from tests.support.processes import Process, eventually
 from tests.support.rounds import LONG, rounds
 from tests.support.stack import Stack, queue_depth
 
 QUEUES: Final = ("orchestrator.crawl", "orchestrator.analysis")
-RESUMED: Final = 60.0
-"""Seconds after a fault in which work must go on."""
 
 
 def await_delivered(stack: Stack) -> None:
@@ -151,8 +149,6 @@ def test_zombies(make_rabbitmq: StackFactory, random: Random, evidence: Evidence
     evidence.saw(verdict)
     evidence.note(f"{in_a_batch} frozen within a batch")
     assert verdict.duplicates <= batch * evidence.trials, "more than one batch for each frozen worker came twice"
-    if LONG:
-        assert verdict.duplicates < 0.02 * verdict.messages
 
 
 def thaw_at_last(fleet: Fleet, frozen: dict[Process, Position], random: Random) -> None:
@@ -187,7 +183,7 @@ def test_a_rolling_restart_under_load(make_rabbitmq: StackFactory, random: Rando
     tasks = Intervals.add(stack, 30 if LONG else 20, [3 if LONG else 2], few)
     stack.execute("UPDATE crawl_tasks SET data_source_ids = %s WHERE id = 1", list(many))
     beats = Beats(stack)
-    handed_over, took = 0, [0.0]
+    handed_over = 0
 
     with Fleet(stack, 3 if LONG else 2) as fleet:
         beats.start(2)
@@ -202,14 +198,14 @@ def test_a_rolling_restart_under_load(make_rabbitmq: StackFactory, random: Rando
                 met = eventually(at_work, within=60, what="the worker is in mid-fan-out")
                 assert met is not None
                 time.sleep(random.uniform(0, 0.1))
-                took.append(fleet.roll(worker))
+                evidence.ends.append(fleet.roll(worker))
                 evidence.trials += 1
                 handed_over += worker.text().count('"run.slice_ended"')
                 with evidence.recovery():
                     eventually(lambda: fleet.gone_on(met), within=RESUMED, what="its run goes on")  # noqa: B023 -- called at once
                 fleet.await_ready()
             for beat in beats.running[: 2 if LONG else 1]:
-                took.append(beats.terminate(beat))
+                evidence.ends.append(beats.terminate(beat))
                 beats.spawn()
                 beats.await_sign_on(beats.running[-1])
                 evidence.trials += 1
@@ -220,10 +216,8 @@ def test_a_rolling_restart_under_load(make_rabbitmq: StackFactory, random: Rando
     beats.await_signs_of_life()
 
     assert handed_over, "no worker ended in mid-fan-out: the test proved nothing"
-    assert max(took) < SHUTDOWN
-    evidence.note(
-        f"{handed_over} workers ended in mid-fan-out, each run was handed over; slowest end {max(took):.1f} s"
-    )
+    assert max(evidence.ends) < SHUTDOWN
+    evidence.note(f"{handed_over} workers ended in mid-fan-out, each run was handed over")
     verdict = Oracle(stack).assert_holds(
         {
             run["id"]: many if run["task_id"] == 1 else few

@@ -4,13 +4,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 from uuid import uuid4
 
 import psycopg
@@ -29,6 +30,7 @@ from tests.support.scheduling import Rota, at
 
 CANARY: Final = "canary-5ecret"
 _LIMIT: Final = 60.0
+_WELL: Final = Health()
 
 
 @dataclass(frozen=True)
@@ -537,6 +539,67 @@ def test_beats_that_cannot_work_fail_the_health_check(application: Application, 
     assert stalled.code == 1
     assert "no beat ticked within 15 s" in stalled.out
     database.close()
+
+
+@dataclass
+class Nodes:
+    """Nodes of this host, and whether they are ready."""
+
+    shell: Shell
+    application: Application
+    ledger: NodeLedger
+
+    def beat(self, name: str, kind: Literal["worker", "beat"], health: Health = _WELL, silent_for: int = 0) -> None:
+        self.ledger.heartbeat(Node(name, kind, host=socket.gethostname()), "1.2.3", health=health)
+        self.application.execute(
+            "UPDATE orchestrator.nodes SET seen_at = now() - make_interval(secs => %s) WHERE name = %s",
+            silent_for,
+            name,
+        )
+
+    def ready(self, *arguments: str) -> tuple[int, str]:
+        result = self.shell("ready", *arguments)
+        return result.code, result.out + result.err
+
+
+@pytest.fixture
+def nodes(application: Application, shell: Shell) -> Iterator[Nodes]:
+    """No nodes at first."""
+    database = Database(application.url, SCHEMA)
+    yield Nodes(shell, application, NodeLedger(database))
+    database.close()
+
+
+def test_a_host_is_ready_if_each_kind_of_node_on_it_is(nodes: Nodes) -> None:
+    code, said = nodes.ready()
+    assert (code, "no worker or beat of this host has shown life" in said) == (1, True)
+
+    nodes.beat("w1@here:1", "worker")
+    nodes.beat("beat@here:2", "beat")
+    assert nodes.ready()[0] == 0
+
+    nodes.beat("w1@here:1", "worker", silent_for=60)
+    code, said = nodes.ready()
+    assert (code, "w1@here:1: silent" in said) == (1, True), "a beat that lives does not speak for a worker"
+    assert nodes.ready("beat")[0] == 0
+
+    nodes.beat("w1@here:3", "worker")
+    assert nodes.ready()[0] == 0, "it has a successor"
+    assert nodes.ready("--node", "w1@here:1")[0] == 1
+
+    nodes.beat("beat@here:2", "beat", silent_for=3_600)
+    assert nodes.ready()[0] == 0, "the host has had no beat for an hour"
+
+
+def test_readiness_says_why(nodes: Nodes) -> None:
+    nodes.beat("w1@here:1", "worker", Health(degraded="low on memory"))
+    assert nodes.ready() == (0, "w1@here:1: degraded: low on memory\n")
+
+    nodes.beat("w1@here:1", "worker", Health("it cannot\x00connect" + "!" * 1_000))
+    code, said = nodes.ready()
+    assert code == 1
+    assert "w1@here:1: not ready: it cannotconnect!" in said
+    assert len(said) < 600
 
 
 # --- Waiting, and processes ----------------------------------------------------------------------------------------

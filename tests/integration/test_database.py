@@ -1,9 +1,12 @@
 """Connections to PostgreSQL that nobody serves any more are noticed; those that are merely busy are waited for."""
 
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from psycopg import sql
 from sqlalchemy import text
 
 from orchestrator import db
@@ -70,6 +73,40 @@ def test_only_the_dead_connection_is_given_up(database: Database, proxy: Proxy) 
 
 def test_a_long_statement_is_waited_for(database: Database) -> None:
     assert answer(database, "SELECT 7 FROM pg_sleep(2)") == 7
+
+
+def test_an_answer_that_comes_while_the_server_is_asked_counts(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = db._Session  # noqa: SLF001 -- there is no other way to have its question take a second
+    ask = session._is_served  # noqa: SLF001 -- see above
+
+    def ask_slowly(self: object, *, give_up: bool) -> bool:
+        time.sleep(1)
+        served: bool = ask(self, give_up=give_up)
+        return served
+
+    monkeypatch.setattr(session, "_is_served", ask_slowly)
+
+    assert answer(database, "SELECT 7 FROM pg_sleep(0.6)") == 7
+
+
+def test_a_server_that_refuses_the_question_is_alive(postgres_server: PostgresServer, database_url: str) -> None:
+    postgres_server.create_role("lonely")
+    postgres_server.execute(sql.SQL("ALTER ROLE lonely CONNECTION LIMIT 1"))
+    database = Database(database_url.replace("//orchestrator:", "//lonely:"), SCHEMA)
+
+    assert answer(database, "SELECT 7 FROM pg_sleep(2)") == 7
+
+    database.close()
+
+
+def test_one_that_does_not_tell_is_waited_for(database_url: str) -> None:
+    database = Database(database_url + "?options=-ctrack_activities%3Doff", SCHEMA)
+
+    assert answer(database, "SELECT 7 FROM pg_sleep(2)") == 7
+
+    database.close()
 
 
 def test_so_is_a_lock(database: Database, database_url: str) -> None:

@@ -1,8 +1,10 @@
 """Migrations: from nothing, twice, by many at once, and equal to the tables that the code believes in."""
 
+import importlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final, LiteralString
 
 import psycopg
@@ -197,3 +199,13 @@ def test_using_a_ledger_that_is_not_there_says_what_to_run(database_url: str) ->
             bench.accept()
     finally:
         bench.close()
+
+
+def test_a_revision_is_called_what_its_file_is_and_follows_the_one_before() -> None:
+    previous = None
+    for path in sorted(Path(migrations.__file__).parent.glob("versions/[0-9]*.py")):
+        script = importlib.import_module(f"orchestrator.migrations.versions.{path.stem}")
+        assert script.revision == path.stem.partition("_")[0]
+        assert script.down_revision == previous
+        previous = script.revision
+    assert previous is not None

@@ -498,6 +498,23 @@ class TestBrokerInTrouble:
                 what="publishing works again",
             )
 
+    def test_a_broker_in_alarm_is_not_burdened_with_connections(
+        self, fragile: Rabbit, fragile_server: RabbitMQServer
+    ) -> None:
+        """It keeps those that blocked clients drop until the alarm is over (rabbitmq-server#4626)."""
+        publisher = fragile.publisher()
+
+        def connections() -> int:
+            return len(fragile_server.ctl("list_connections", "pid").split())
+
+        with fragile_server.alarm():
+            assert isinstance(fragile.publish(publisher, batch_of(10)).error, BrokerBlockedError)
+            before = connections()
+            for _ in range(20):
+                assert isinstance(fragile.publish(publisher, batch_of(10)).error, BrokerBlockedError)
+            assert connections() <= before
+        eventually(lambda: fragile.publish(publisher, batch_of(10)).error is None, within=10, what="publishing works")
+
     def test_an_alarm_in_the_middle_of_a_batch(self, fragile: Rabbit, fragile_server: RabbitMQServer) -> None:
         with publishing_on(fragile) as flow, fragile_server.alarm():
             flow.await_error(BrokerBlockedError)

@@ -22,6 +22,7 @@ from uuid import UUID, uuid5
 import amqp
 import psycopg
 
+from tests.support.oracle import RESUMED
 from tests.support.processes import Process, eventually, local_ports
 from tests.support.stack import Stack, amqp_connection
 
@@ -328,7 +329,7 @@ class Intervals:
             )
             return bool(row["count"] == len(self.seconds))
 
-        eventually(fired, within=90, what=f"every schedule has fired {count} times more")
+        eventually(fired, within=RESUMED, what=f"every schedule has fired {count} times more")
 
     def disable(self) -> None:
         """Have the application disable all of them, in a moment when nothing is due; wait until they have stopped."""
@@ -346,13 +347,13 @@ class Intervals:
             self._on_until = now
             return True
 
-        eventually(disabled, within=120, what="a moment in which nothing is due: the beats have caught up")
+        eventually(disabled, within=RESUMED, what="a moment in which nothing is due: the beats have caught up")
 
         def stopped() -> bool:
             (row,) = self.stack.query("SELECT count(next_fire_at), bool_or(active) FROM orchestrator.schedules")
             return not row["count"] and not row["bool_or"]
 
-        eventually(stopped, within=90, what="every schedule has been read again as disabled")
+        eventually(stopped, within=RESUMED, what="every schedule has been read again as disabled")
 
     def assert_each_slot_started_once(self) -> set[tuple[UUID, int]]:
         """Check that every slot between first reading and disabling has one firing, started; return runs and tasks."""
@@ -373,7 +374,7 @@ class Intervals:
         self._assert_runs(runs, started)
         late = max((row["claimed_at"] - row["scheduled_for"]).total_seconds() for row in rows)
         by = Counter(row["claimed_by"] for row in rows)
-        say(f"{len(started)} slots, each started once, by {len(by)} beats; the latest {late:.2f} s late")
+        _tell(f"{len(started)} slots, each started once, by {len(by)} beats; the latest {late:.2f} s late")
         return runs
 
     def assert_all_were_told(self, witness: Witness) -> None:
@@ -381,12 +382,12 @@ class Intervals:
         runs = self.assert_each_slot_started_once()
         eventually(
             lambda: not runs - witness.runs,
-            within=90,
+            within=RESUMED,
             what=f"a wake-up of each of {len(runs)} runs; {len(runs - witness.runs)} were missing at first",
         )
         strangers = witness.runs - runs
         assert not strangers, f"{len(strangers)} wake-ups of runs that no slot started: {_some(strangers)}"
-        say(f"{len(runs)} runs; {witness.duplicates} more wake-ups than that")
+        _tell(f"{len(runs)} runs; {witness.duplicates} more wake-ups than that")
 
     def _slots(self, until: datetime | None) -> set[tuple[int, datetime]]:
         assert until is not None, "not disabled"
@@ -439,9 +440,8 @@ def last_line_at(process: Process) -> datetime:
     return datetime.fromisoformat(stamps[-1])
 
 
-def say(text: str) -> None:
-    """Tell a measured fact; ``pytest -rP`` shows it, and so does a failure."""
-    print(text)  # noqa: T201 -- that is how
+def _tell(fact: str) -> None:
+    print(fact)  # noqa: T201 -- `pytest -rP` shows it, and so does a failure
 
 
 def _some(things: Any) -> str:  # noqa: ANN401 -- any collection

@@ -1,17 +1,18 @@
 """The stock Celery application with a crash point before and after everything that reaches out of the process.
 
     celery -A tests.support.crashes worker
+    python -m tests.support.crashes cancel RUN_ID  # any command of ours
 
 Each transaction of the ledger has three points, named after the method that opens it (``CrawlLedger.begin: before``,
 ``: before commit``, ``: after commit``), each call of publisher, sender and Discovery client two. A new transaction has
 its points without a word here. :class:`CrashPoints` is the test's end: it names a point, and whichever process comes by
-it next kills itself, -9.
+it next kills itself, -9. It also makes trouble, once each time, for what is there for trouble only.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import _GeneratorContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -24,12 +25,16 @@ from orchestrator.celery_app import Sender, app, conninfo
 from orchestrator.db import Database
 from orchestrator.discovery import Answer, DiscoveryClient
 from orchestrator.domain import ExtractionBatch, WakeUp
+from orchestrator.errors import MessageRefusedError
 from orchestrator.queues import Publisher, Receipt
 from orchestrator.settings import Settings
 
 __all__ = ["app"]  # what Celery's command line looks for
 
 _VARIABLE: Final = "TEST_CRASH_POINTS"
+_BATCH_REFUSED: Final = "batch-refused"
+_WAKE_UP_REFUSED: Final = "wake-up-refused"
+_BATCH_BROKEN: Final = "batch-broken"
 _seen: Final[set[str]] = set()
 
 
@@ -43,6 +48,7 @@ class CrashPoints:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         directory.mkdir()
+        (directory / "seen").touch()
 
     @property
     def env(self) -> Mapping[str, str]:
@@ -61,9 +67,24 @@ class CrashPoints:
 
     def arm(self, point: str) -> None:
         """Have the next process that comes by a point kill itself."""
+        self._leave("armed", point)
+
+    def refuse_batch(self) -> None:
+        """Have the broker refuse the next batch of messages, as a full queue does."""
+        self._leave(_BATCH_REFUSED)
+
+    def refuse_wake_up(self, run_id: UUID) -> None:
+        """Have the broker refuse the next wake-up of a run."""
+        self._leave(_WAKE_UP_REFUSED, str(run_id))
+
+    def break_batch(self) -> None:
+        """Have the next batch of messages meet a fault of ours, which nothing foresees."""
+        self._leave(_BATCH_BROKEN)
+
+    def _leave(self, name: str, text: str = "") -> None:
         fresh = self._directory / "fresh"
-        fresh.write_text(point)
-        fresh.rename(self._directory / "armed")
+        fresh.write_text(text)
+        fresh.rename(self._directory / name)
 
     def disarm(self) -> None:
         """Kill nobody."""
@@ -71,19 +92,24 @@ class CrashPoints:
 
 
 def _reach(point: str) -> None:
-    directory = Path(os.environ[_VARIABLE])
     if point not in _seen:
         _seen.add(point)
-        with (directory / "seen").open("a") as seen:
+        with (Path(os.environ[_VARIABLE]) / "seen").open("a") as seen:
             seen.write(f"{point}\n")
-    armed = directory / "armed"
+    if _take("armed", [point]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _take(name: str, texts: Collection[str] = ("",)) -> bool:
+    """Take what the test has left under a name, if it is one of these texts; one process wins."""
+    file = Path(os.environ[_VARIABLE]) / name
     try:
-        if armed.read_text() != point:
-            return
-        armed.unlink()  # one process wins
+        if file.read_text() not in texts:
+            return False
+        file.unlink()
     except FileNotFoundError:
-        return
-    os.kill(os.getpid(), signal.SIGKILL)
+        return False
+    return True
 
 
 @contextmanager
@@ -109,6 +135,8 @@ class _Database(Database):
 class _Sender(Sender):
     def wake(self, wake_ups: Sequence[WakeUp]) -> None:
         with _around("Sender.wake"):
+            if _take(_WAKE_UP_REFUSED, [str(wake_up.run_id) for wake_up in wake_ups]):
+                raise MessageRefusedError("the broker refused a wake-up; is a task queue full?")
             super().wake(wake_ups)
 
 
@@ -124,6 +152,10 @@ class _Publisher:
 
     def publish(self, batch: ExtractionBatch, transaction: Connection) -> Receipt:
         with _around("Publisher.publish"):
+            if _take(_BATCH_REFUSED):
+                return Receipt((), MessageRefusedError("the broker refused a message; is the extraction queue full?"))
+            if _take(_BATCH_BROKEN):
+                raise AssertionError("a fault of ours")
             return self._publisher.publish(batch, transaction)
 
 
@@ -149,3 +181,8 @@ class _Links(bootstrap.Links):
 
 if _VARIABLE in os.environ:
     bootstrap.use(_Links())
+
+if __name__ == "__main__":
+    from orchestrator.__main__ import main
+
+    main()

@@ -4,13 +4,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
-from tests.support.processes import Process, eventually
+from tests.support.processes import Process, children_of, eventually
 from tests.support.proxy import Delay, Proxy, Toward, Wire
 from tests.support.stack import Stack
 
@@ -33,6 +33,7 @@ class Network:
     extraction: Proxy
     database: Proxy
     _tasks: int = 0
+    _timed: list[Process] = field(default_factory=list)
 
     @property
     def links(self) -> Mapping[str, Proxy]:
@@ -49,7 +50,15 @@ class Network:
     def spawn_worker(self) -> Process:
         """Start a worker without waiting for it."""
         node = f"w{len(self.stack.processes)}-{uuid4().hex[:6]}@test"
-        return self.stack.start("celery", "-A", "tests.support.stopwatch", "worker", "-n", node, "-c", "2")
+        return self._spawn("worker", "-n", node, "-c", "2")
+
+    def spawn_beat(self) -> Process:
+        """Start a beat, with a stopwatch too, without waiting for it."""
+        return self._spawn("beat")
+
+    def _spawn(self, *arguments: str) -> Process:
+        self._timed.append(self.stack.start("celery", "-A", "tests.support.stopwatch", *arguments))
+        return self._timed[-1]
 
     def begin_fan_out(self, sources: int, *, published: int) -> UUID:
         """Start a run of a task of its own, slowed down a little, and wait until so many are published."""
@@ -75,12 +84,19 @@ class Network:
         return sum((proxy.counts for proxy in self.links.values()), Counter())
 
     def slow_calls(self) -> list[dict[str, Any]]:
-        """Return the calls of workers that took over a second; see :mod:`tests.support.stopwatch`."""
+        """Return the calls that took over a second; see :mod:`tests.support.stopwatch`."""
+        return [fact for fact in self._timings() if "call" in fact]
+
+    def _timings(self) -> list[dict[str, Any]]:
         path = self.stack.directory / "calls"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def assert_no_call_was_long(self) -> None:
-        """Check that no call of a worker took too long, ended or not."""
+        """Check that no call of a worker or beat took too long, ended or not, and that every one was timed."""
+        processes = {pid for process in self._timed for pid in (process.pid, *children_of(process.pid))}
+        untimed = processes - {fact["process"] for fact in self._timings()}
+        assert processes, "no process was to be timed"
+        assert not untimed, f"processes without a stopwatch: {untimed}"
         long = [call for call in self.slow_calls() if call["seconds"] > LONGEST_CALL]
         assert not long, f"calls that took over {LONGEST_CALL} s: {long}"
 

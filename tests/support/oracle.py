@@ -4,18 +4,24 @@
     … faults …
     verdict = oracle.assert_holds({run_id: range(1, 1_001)})
 
-Ledger − wire = ∅, wire − ledger = ∅, one message id a (run, source) however many copies, no duplicate row, every run
-over, counts add up. The wire is read by a consumer that shares no code with the product, and ids are worked out anew.
+Ledger − wire = ∅, wire − ledger = ∅, one message id a (run, source) however many copies, bodies with the ledger's
+ids, no duplicate row, every run over, counts add up. The wire is read by a consumer that shares no code with the
+product, and message ids are worked out anew.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID, uuid5
 
 from tests.support.processes import eventually
 from tests.support.stack import Stack
+
+RESUMED: Final = 60.0
+"""Seconds from the end of a fault in which work must have resumed."""
+FEW: Final = 0.02
+"""Of all messages on the wire: what duplicates must be less than."""
 
 _UNSETTLED: Final = """
 SELECT id, kind, state, error_code, error_message, total, published, skipped FROM orchestrator.runs AS run
@@ -33,6 +39,20 @@ WHERE run.materialized_at IS NOT NULL
   AND (rows, sources, marked, passed) IS DISTINCT FROM (run.total, run.total, run.published, run.skipped)
 LIMIT 10
 """
+_PUBLISHED: Final = """
+SELECT run.id AS run_id, run.task_id, array_agg(sent.data_source_id) AS sources,
+       array_agg(sent.crawl_config_id) AS configs
+FROM orchestrator.dispatches AS sent JOIN orchestrator.runs AS run ON run.id = sent.run_id
+WHERE sent.state = 'published' GROUP BY run.id
+"""
+
+
+class Ids(NamedTuple):
+    """What a message says in its body, besides its run."""
+
+    source: int
+    config: int
+    task: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ class Oracle:
     """Judges one set-up; reads its wire as it goes, so that queues need not grow."""
 
     stack: Stack
-    _wire: defaultdict[UUID, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    _wire: defaultdict[UUID, Counter[Ids]] = field(default_factory=lambda: defaultdict(Counter))
     _wrong_ids: list[str] = field(default_factory=list)
 
     def read_wire(self) -> None:
@@ -63,11 +83,12 @@ class Oracle:
             self._wire.clear()
         for message in self.stack.extractions():
             run_id = UUID(message.body["run_id"])
-            self._wire[run_id][message.source] += 1
+            body = message.body
+            self._wire[run_id][Ids(message.source, body["crawl_config_id"], body["task_id"])] += 1
             if message.message_id != str(uuid5(run_id, str(message.source))):
                 self._wrong_ids.append(f"{message.message_id} of run {run_id}, data source {message.source}")
 
-    def assert_holds(self, expected: Mapping[UUID, Collection[int]], *, within: float = 60) -> Verdict:
+    def assert_holds(self, expected: Mapping[UUID, Collection[int]], *, within: float = RESUMED) -> Verdict:
         """Wait until every run is over, then check them all.
 
         Args:
@@ -84,30 +105,42 @@ class Oracle:
         ledger = self._published()
         strangers = self._wire.keys() - ledger.keys()
         assert not strangers, f"messages of {len(strangers)} runs that the ledger does not have published: {strangers}"
-        for run_id, sources in ledger.items():
-            wire = self._wire.get(run_id, Counter()).keys()
-            assert not sources - wire, f"LOST: {_some(sources - wire)} of run {run_id} published but not on the wire"
+        for run_id, published in ledger.items():
+            sent = self._wire.get(run_id, Counter()).keys()
+            sources, wire = _sources(published), _sources(sent)
+            assert not sources - wire, (
+                f"LOST: {_some(sources - wire)} published but not on the wire, of {self.stack.run(run_id)}"
+            )
             assert not wire - sources, (
                 f"UNEXPECTED: {_some(wire - sources)} of run {run_id} on the wire, not in the ledger"
+            )
+            assert sent == published, (
+                f"WRONG: {list(sent - published)[:5]} of run {run_id} on the wire,"
+                f" {list(published - sent)[:5]} in the ledger"
             )
         for run_id, wanted in expected.items():
             run = self.stack.run(run_id)
             assert run is not None, f"LOST: there is no run {run_id}"
             assert run["state"] == "succeeded", run
-            assert ledger.get(run_id, set()) == set(wanted), f"run {run_id} published other sources than its task has"
+            assert _sources(ledger.get(run_id, set())) == set(wanted), (
+                f"run {run_id} published other sources than its task has"
+            )
         messages = sum(copies.total() for copies in self._wire.values())
         return Verdict(messages, messages - sum(map(len, self._wire.values())))
 
-    def _published(self) -> dict[UUID, set[int]]:
-        rows = self.stack.query(
-            "SELECT run_id, array_agg(data_source_id) AS sources FROM orchestrator.dispatches"
-            " WHERE state = 'published' GROUP BY run_id"
-        )
-        return {row["run_id"]: set(row["sources"]) for row in rows}
+    def _published(self) -> dict[UUID, set[Ids]]:
+        return {
+            row["run_id"]: {Ids(*pair, row["task_id"]) for pair in zip(row["sources"], row["configs"], strict=True)}
+            for row in self.stack.query(_PUBLISHED)
+        }
 
     def _unsettled(self) -> str:
         rows = self.stack.query(_UNSETTLED)
         return f"; at first these were not: {rows}" if rows else ""
+
+
+def _sources(messages: Iterable[Ids]) -> set[int]:
+    return {message.source for message in messages}
 
 
 def _some(sources: Collection[int]) -> str:

@@ -31,7 +31,8 @@ from psycopg import sql
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE
 from tests.support.beats import add_policies, database_clock, slot_run
 from tests.support.evidence import Evidence
-from tests.support.oracle import Oracle, Verdict
+from tests.support.oracle import FEW, Oracle, Verdict
+from tests.support.oracle import RESUMED as RESUMED  # noqa: PLC0414 -- tests of outages take it from here
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Process, eventually
 from tests.support.rabbitmq import RabbitMQServer
@@ -44,12 +45,12 @@ SCHEDULED: Final = 3
 EVERY: Final = 1
 """Seconds between two slots of the scheduled one."""
 
-RESUMED: Final = 60.0
-"""Seconds from the end of a fault in which everybody must be back at work."""
 NOTICED: Final = 30.0
 """Seconds in which an operator must see that something is wrong, and what."""
 
 _ANSWER: Final = 4.0
+_COMMAND: Final = 90.0
+"""Seconds that a command of ours may take, whatever is hurt."""
 _LOOK: Final = 1.0
 """Seconds between two looks of an operator: a command takes a processor to itself for most of one."""
 
@@ -91,7 +92,7 @@ def command(stack: Stack, *arguments: str) -> Outcome:
         capture_output=True,
         text=True,
         check=False,
-        timeout=90,
+        timeout=_COMMAND,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -239,7 +240,8 @@ class Traffic(Caller):
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(_COMMAND + 10)
+            assert not thread.is_alive(), f"a caller is still at it: {thread.name}"
 
     def _go_on(self, caller: Callable[[UUID], bool], pause: float) -> None:
         while not self._stop.is_set():
@@ -282,9 +284,6 @@ def assert_all_run(processes: Collection[Process]) -> None:
 
 
 # --- Scenes --------------------------------------------------------------------------------------------------------
-
-FEW: Final = 0.02
-"""Of all messages on the wire: what duplicates may be."""
 
 
 class Scene:

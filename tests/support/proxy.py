@@ -89,11 +89,18 @@ class ResetAfter:
 
 
 @dataclass(frozen=True)
+class DropAfter:
+    """Deliver so many bytes more, at least one, in the middle of whatever is said, then drop; see :class:`Drop`."""
+
+    count: int
+
+
+@dataclass(frozen=True)
 class HalfClose:
     """Tell the receiver that nothing more will come (FIN); the other direction goes on."""
 
 
-Fault = Drop | Hold | Dribble | Delay | ResetAfter | HalfClose
+Fault = Drop | Hold | Dribble | Delay | ResetAfter | DropAfter | HalfClose
 
 
 @dataclass(frozen=True)
@@ -490,14 +497,14 @@ class _Pipe:
         self._counts = counts
         self._queue: deque[tuple[float, bytes]] = deque()
         self._size = 0
-        self._left = math.inf  # bytes until the reset
+        self._left = math.inf  # bytes until the reset, or until all is dropped
         self._cut_short = False  # whatever the source says is not for the receiver any more
         self._next_at = 0.0  # when the next drop of a dribble may fall
 
     def suffer(self, fault: Fault | None) -> None:
         """Replace the fault."""
         self._fault = fault
-        self._left = fault.count if isinstance(fault, ResetAfter) else math.inf
+        self._left = fault.count if isinstance(fault, ResetAfter | DropAfter) else math.inf
         self._next_at = 0.0
         if not isinstance(fault, Delay):
             self._queue = deque((0.0, data) for _, data in self._queue)
@@ -576,7 +583,7 @@ class _Pipe:
         match self._fault:
             case Dribble(size):
                 return data[:size] if now >= self._next_at else b""
-            case ResetAfter():
+            case ResetAfter() | DropAfter():
                 return data[: int(self._left)]
             case _:
                 return data
@@ -591,6 +598,8 @@ class _Pipe:
         if isinstance(self._fault, Dribble):
             self._next_at = now + self._fault.every
             self._counts["bytes_dribbled"] += count
+        elif isinstance(self._fault, DropAfter) and self._left <= 0:
+            self.suffer(Drop())
 
     def due_at(self, now: float) -> float:
         """Return when something may be delivered without anything being read, infinite if nothing."""

@@ -1,9 +1,11 @@
 """The stock Celery application, with a stopwatch on every call that leaves the process.
 
     celery -A tests.support.stopwatch worker
+    celery -A tests.support.stopwatch beat
 
 With ``TEST_STOPWATCH`` naming a file, each call that took longer than a second leaves a line of JSON there, and so
-does, again and again, each that has not ended: ``{"call": …, "seconds": …, "ended": …, "process": …}``.
+does, again and again, each that has not ended: ``{"process": …, "call": …, "seconds": …, "ended": …}``. Before all of
+them each process, a pool's child too, leaves ``{"process": …}``: silence then says that it had no long call.
 """
 
 import json
@@ -19,6 +21,7 @@ from uuid import UUID
 
 import psycopg
 from amqp.abstract_channel import AbstractChannel
+from celery import signals
 from kombu.transport.pyamqp import Transport
 from sqlalchemy import Connection
 
@@ -45,6 +48,7 @@ class _Stopwatch:
         self._process = os.getpid()
         self._running: dict[int, tuple[str, float]] = {}
         self._lock = threading.Lock()
+        self._write()
         threading.Thread(target=self._watch, name="stopwatch", daemon=True).start()
 
     @contextmanager
@@ -71,19 +75,25 @@ class _Stopwatch:
 
     def _note(self, call: str, seconds: float, *, ended: bool) -> None:
         if seconds > WORTH_A_LINE:
-            fact = {"call": call, "seconds": round(seconds, 2), "ended": ended, "process": self._process}
-            with Path(os.environ[VARIABLE]).open("a") as file:
-                file.write(json.dumps(fact) + "\n")
+            self._write(call=call, seconds=round(seconds, 2), ended=ended)
+
+    def _write(self, **facts: object) -> None:
+        with Path(os.environ[VARIABLE]).open("a") as file:
+            file.write(json.dumps({"process": self._process, **facts}) + "\n")
 
 
 _stopwatches: Final[dict[int, _Stopwatch]] = {}
 
 
-def _timed(call: str) -> AbstractContextManager[None]:
+def _own() -> _Stopwatch:
     stopwatch = _stopwatches.get(os.getpid())
     if stopwatch is None:
         stopwatch = _stopwatches[os.getpid()] = _Stopwatch()
-    return stopwatch.time(call)
+    return stopwatch
+
+
+def _timed(call: str) -> AbstractContextManager[None]:
+    return _own().time(call)
 
 
 class _Database(Database):
@@ -182,7 +192,13 @@ def _time_method(owner: Any, name: str, call: str) -> None:  # noqa: ANN401 -- a
     setattr(owner, name, timed)
 
 
+def _begin(**_: object) -> None:
+    _own()
+
+
 if VARIABLE in os.environ:
+    _begin()
+    signals.worker_process_init.connect(_begin)
     bootstrap.use(_Timed())
     _time_method(worker, "declare_topology", "broker: declare")
     _time_method(Transport, "establish_connection", "broker: connect")

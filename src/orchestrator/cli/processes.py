@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, NoReturn
@@ -255,11 +256,14 @@ def workers(*, as_json: AsJson = False) -> None:
             node.concurrency,
             node.version,
             node.seen_at,
-            node.problem or node.degraded,
+            node.because,
         )
         for node in nodes
     ]
     print_table(["node", "kind", "", "queues", "concurrency", "version", "last seen", "because"], rows)
+
+
+_LATELY: Final = timedelta(minutes=10)
 
 
 class _Kind(StrEnum):
@@ -281,20 +285,31 @@ def ready(
     """Ask whether the workers and beats of this host do their work; exit 1 if one does not."""
     with session() as ours:
         asked = [each for each in ours.insights.nodes() if _is_asked(each, kind, node)]
-    # Those that were killed are listed for a day: the others speak for the host, unless there are none.
-    speaking = [each for each in asked if each.alive] or asked
+        speaking = _speaking(asked, ours.insights.now())
     is_ready = bool(speaking) and all(each.ready for each in speaking)
     if as_json:
         print_document({"ready": is_ready, "nodes": [{"name": each.name, "status": each.status} for each in speaking]})
     for each in () if as_json else speaking:
-        reason = each.problem if each.problem is not None else each.degraded
-        typer.echo(f"{each.name}: {each.status}" + (f": {reason}" if each.alive and reason else ""))
+        typer.echo(f"{each.name}: {each.status}" + (f": {each.because}" if each.alive and each.because else ""))
     if not speaking:
         say(
             f"orchestrator: no {kind or 'worker or beat'} {f'called {node}' if node else 'of this host'} has shown life"
         )
     if not is_ready:
         raise typer.Exit(FAILED)
+
+
+def _speaking(nodes: Sequence[NodeView], now: datetime) -> Sequence[NodeView]:
+    """Return those whose state is the answer: of each kind the living, or where none lives, who was there lately.
+
+    Those that were killed are listed for a day, and most have a successor.
+    """
+    chosen: list[NodeView] = []
+    for kind in _Kind:
+        known = [each for each in nodes if each.kind == kind]
+        lately = [each for each in known if now - each.seen_at < _LATELY]
+        chosen += [each for each in known if each.alive] or lately
+    return chosen or nodes
 
 
 def _is_asked(view: NodeView, kind: _Kind | None, name: str | None) -> bool:

@@ -120,10 +120,7 @@ def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render 
     """Commit runs, wake workers, and, if wanted, watch to the end."""
     run_ids = [each.run_id for each in new]
     # The reply to a commit may be lost, so the ledger is asked again by the same ids, which makes no second run.
-    accepted = _persist(lambda: ours.ledger.runs.accept_all(new), run_ids[0])
-    for each, created in zip(new, accepted, strict=True):
-        if not created:
-            _require_equal(each, ours.insights.run(each.run_id))
+    _insist(lambda: _accept(ours, new), run_ids[0])
     wake_ups = [WakeUp(each.run_id, each.arguments, each.traceparent) for each in new]
     enqueued = enqueue(ours, wake_ups)
     if render is None:
@@ -134,7 +131,7 @@ def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render 
         _watch(ours, run_ids)
     if not wait and render is None:
         return
-    views = _persist(lambda: [ours.insights.run(run_id) for run_id in run_ids], run_ids[0])
+    views = _insist(lambda: [ours.insights.run(run_id) for run_id in run_ids], run_ids[0])
     if render is not None:
         render(views, enqueued)
     else:
@@ -144,11 +141,11 @@ def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render 
         raise typer.Exit(FAILED)
 
 
-def _persist(ask: Callable[[], Answer], run_id: UUID) -> Answer:
-    """Ask the ledger, up to three times, something about runs that it may have.
+def _insist(ask: Callable[[], Answer], run_id: UUID) -> Answer:
+    """Ask the ledger something, up to three times.
 
     Raises:
-        DatabaseUnavailableError: it stayed away; the runs may have been recorded all the same.
+        DatabaseUnavailableError: it stayed away; the run may have been recorded all the same.
     """
     for pause in (1.0, 2.0):
         with suppress(DatabaseUnavailableError):
@@ -157,8 +154,15 @@ def _persist(ask: Callable[[], Answer], run_id: UUID) -> Answer:
     try:
         return ask()
     except DatabaseUnavailableError as error:
-        doubt = f"should it have been recorded all the same, `orchestrator show {run_id}` tells"
-        raise DatabaseUnavailableError(f"{error}; {doubt}") from error
+        way_out = f"`orchestrator show {run_id}` tells whether it was recorded, and what became of it"
+        raise DatabaseUnavailableError(f"{error}; {way_out}") from error
+
+
+def _accept(ours: Services, new: Sequence[NewRun]) -> None:
+    """Commit runs, all or none."""
+    for each, created in zip(new, ours.ledger.runs.accept_all(new), strict=True):
+        if not created:
+            _require_equal(each, ours.insights.run(each.run_id))
 
 
 def _require_equal(new: NewRun, kept: RunView) -> None:

@@ -12,6 +12,7 @@ from orchestrator.ledger.transitions import clock
 from orchestrator.schema import nodes
 
 _WELL: Final = Health()
+_LONGEST_REASON: Final = 500
 
 
 class NodeLedger:
@@ -39,8 +40,8 @@ class NodeLedger:
             "queues": list(node.queues),
             "concurrency": node.concurrency,
             "host": node.host,
-            "problem": health.problem,
-            "degraded": health.degraded,
+            "problem": _printable(health.problem),
+            "degraded": _printable(health.degraded),
         }
         if first:
             values |= {"started_at": clock}
@@ -60,3 +61,8 @@ class NodeLedger:
         """Remove a node that stops in an orderly way."""
         with self._database.transaction() as connection:
             connection.execute(nodes.delete().where(nodes.c.name == node.name))
+
+
+def _printable(reason: str | None) -> str | None:
+    # Words of a broker's may be anything.
+    return None if reason is None else reason.replace("\x00", "")[:_LONGEST_REASON]

@@ -62,8 +62,7 @@ class RabbitMQPublisher:
         Raises:
             PublishError: the queue cannot be used now.
         """
-        self._line.close()
-        self._line.open()
+        self._line.reopen()
         return f"queue {self._queue} on {self._line}"
 
     def close(self) -> None:
