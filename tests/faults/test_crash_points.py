@@ -237,7 +237,7 @@ def test_a_kill_at_every_named_boundary(make_rabbitmq: StackFactory, random: Ran
         known = chosen = [point for point in points.known if "." in point and not point.startswith("Insights.")]
 
         if not LONG:
-            chosen = random.sample([point for point in known if point.partition(":")[0] in BOUNDARIES], 6)
+            chosen = random.sample([point for point in known if point.partition(":")[0] in BOUNDARIES], 4)
         for _ in rounds(1, 3):
             random.shuffle(chosen)
             for point in chosen:

@@ -206,8 +206,7 @@ def test_no_silence_holds_up_a_call_or_a_run_for_long(silences: list[Silence], e
         assert each.worker.wait(within=ENDED_IN) == 0, each.name
 
 
-@pytest.mark.fault("network: a message to a worker stalls in the middle of a frame, for ever (no short version)")
-@pytest.mark.skipif(not LONG, reason="a worker needs half a minute to notice")
+@pytest.mark.fault("network: a message to a worker stalls in the middle of a frame, for ever")
 def test_a_frame_that_stalls_half_way_does_not_stop_a_worker(
     networks: Callable[[RabbitMQServer], Network], rabbitmq_server: RabbitMQServer, evidence: Evidence
 ) -> None:
