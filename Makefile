@@ -42,6 +42,8 @@ bench: venv services ## measure: every script of tests/bench, one after the othe
 	done
 
 # CI=true: what this machine cannot do fails, for a fault that was skipped proves nothing.
+# Fewer at a time: a machine that is busy with something else answers for its own delays.
+faults: PROCESSES = 3
 faults: venv services ## every fault, many times over, in an hour; without ARGS it writes docs/reliability.md
 	@rm -rf build/faults
 	@CI=true FAULTS=long FAULT_EVIDENCE=build/faults $(BIN)/python -m pytest tests/faults \

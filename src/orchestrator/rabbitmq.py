@@ -85,7 +85,7 @@ class Patience:
     confirm: float = 10.0
     blocked: float = 0.5
     batch: float = math.inf
-    recovery: float = 60.0
+    recovery: float = 300.0
     goodbye: float = 1.0
     idle: float = 20.0
 
