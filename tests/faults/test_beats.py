@@ -71,7 +71,7 @@ def kill_somewhere(beats: Beats, random: Random, rabbitmq: RabbitMQServer) -> st
             rabbitmq.pause()
             try:
                 paused_at = database_clock(beats.stack)
-                claimer = eventually(lambda: beats.last_claimer(paused_at), within=8, what="slots are claimed")
+                claimer = eventually(lambda: beats.last_claimer(paused_at), within=20, what="slots are claimed")
                 assert claimer is not None
                 beats.replace(claimer)
             finally:

@@ -35,7 +35,7 @@ from tests.support.rabbitmq import RabbitMQServer
 from tests.support.rounds import LONG, rounds
 from tests.support.stack import Stack
 
-SOURCES: Final = 4_000 if LONG else 2_000
+SOURCES: Final = 4_000
 
 
 @pytest.fixture(scope="module")

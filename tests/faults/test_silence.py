@@ -84,8 +84,9 @@ class Silence:
 
     def lift(self) -> None:
         """End, where it ends."""
-        for proxy in self.proxies:
-            assert proxy.counts["bytes_dropped"], f"{self.name}: nothing was lost"
+        # Who has nothing to say on one of several links loses nothing there.
+        if self.proxies:
+            assert any(proxy.counts["bytes_dropped"] for proxy in self.proxies), f"{self.name}: nothing was lost"
         if self.end is not None:
             self.end()
         self._lifted_at = database_clock(self.network.stack)
