@@ -421,7 +421,9 @@ class World:
 
         def work() -> None:
             with ends_unheard():
-                self.ledger.runs.accept(NewRun(run_id, arguments, Trigger.CLI, traceparent_of(run_id)), delivered=False)
+                new = NewRun(run_id, arguments, Trigger.CLI, traceparent_of(run_id))
+                if not self.ledger.runs.accept(new, delivered=False) and story.arguments != arguments:
+                    return  # the command says that the id is another run's
                 story.promised = True
                 enqueue(cast("Services", self.ours), [WakeUp(run_id, arguments, traceparent_of(run_id))])
 
