@@ -22,6 +22,8 @@ MAX_THEME_LENGTH: Final = 255
 GRACE: Final = timedelta(seconds=60)
 """A slot that is claimed later than this was missed."""
 
+_LONGEST_TEXT: Final = 500
+
 # Namespace of run ids made from Celery ids that are no UUIDs; fixed forever, for it is part of identity.
 _CELERY_ID_NAMESPACE: Final = UUID("6f1d7ad4-3a0b-5c52-9d3c-6a7b0f0c8e11")
 # The same of runs that a schedule starts.
@@ -268,6 +270,11 @@ def run_id_of(celery_id: str) -> tuple[UUID, str | None]:
         # PostgreSQL text holds neither NUL nor lone surrogates; the id stays recognisable without them.
         printable = celery_id.encode("utf-8", "replace").decode().replace("\x00", "")
         return uuid5(_CELERY_ID_NAMESPACE, printable), printable
+
+
+def storable(text: str) -> str:
+    """Return foreign words as the ledger keeps them: at most 500 characters, without NUL, which PostgreSQL refuses."""
+    return text.replace("\x00", "")[:_LONGEST_TEXT]
 
 
 def slot_run_id(task_id: int, slot: datetime) -> UUID:

@@ -493,18 +493,24 @@ def _open(address: _Address, set_up: Callable[[pyamqp.Connection], object], pati
         return _opened(connection, address, set_up, patience)
 
 
+def socket_of(connection: object) -> socket.socket | None:
+    """Return the socket of a connection of py-amqp's, if it has one; its public names connect where nothing is yet."""
+    sock: socket.socket | None = getattr(getattr(connection, "_transport", None), "sock", None)
+    return sock
+
+
+def break_off(connection: object) -> None:
+    """Break a connection of py-amqp's, from another thread than the one that waits for it."""
+    if (sock := socket_of(connection)) is not None:
+        with suppress(OSError):
+            # TLS has its own idea of shutdown, which waits for the other side.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
 @contextmanager
 def _broken_after(seconds: float, connection: pyamqp.Connection) -> Iterator[None]:
     """Break a connection that is not open in time: py-amqp's own time-outs begin anew with every byte that arrives."""
-
-    def break_it() -> None:
-        # Not the property: it connects where nothing is connected yet.
-        sock = getattr(getattr(connection, "_transport", None), "sock", None)
-        if sock is not None:
-            with suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, break_it)
+    timer = threading.Timer(seconds, break_off, [connection])
     timer.daemon = True
     timer.start()
     try:

@@ -24,9 +24,10 @@ from kombu.utils.json import dumps
 
 from orchestrator import bootstrap
 from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, WAKE_NUMBER, Sender, app, declare_topology
-from orchestrator.domain import Node
+from orchestrator.domain import Node, storable
 from orchestrator.errors import ConfigurationError, PublishError
 from orchestrator.health import ABSENT_AFTER, Attendance, BrokerWatch
+from orchestrator.rabbitmq import break_off, socket_of
 from orchestrator.settings import current
 from orchestrator.telemetry import Event, configure_logging, logger
 
@@ -124,12 +125,10 @@ class PulseStep(bootsteps.StartStopStep):
         nor hear SIGTERM any more.
         """
         while not self._stop.wait(_SIGN_OF_LIFE):
-            if _attendance.stuck and _consumer is not None and (sock := _consumer.broker_socket) is not None:
+            if _attendance.stuck and _consumer is not None and socket_of(_consumer.wire) is not None:
                 _log.error(Event.CONSUMER_STUCK, error=_attendance.problem)
                 _attendance.absent("its connection to the broker was stuck")
-                with suppress(OSError):
-                    # TLS has its own idea of shutdown, which waits for the other side.
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                break_off(_consumer.wire)
 
 
 app.steps["worker"].add(PulseStep)
@@ -157,18 +156,15 @@ class Consumer(CeleryConsumer):
 
     def stop(self) -> None:
         """Stop; a broker is told goodbye a dozen times, so one that does not answer gets a second for each."""
-        if (sock := self.broker_socket) is not None:
+        if (sock := socket_of(self.wire)) is not None:
             with suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
         super().stop()
 
     @property
-    def broker_socket(self) -> socket.socket | None:
-        """The socket to RabbitMQ, if there is a connection to one."""
-        # By private names: the public ones connect where nothing is connected.
-        connection = getattr(self.connection, "_connection", None)
-        sock: socket.socket | None = getattr(getattr(connection, "_transport", None), "sock", None)
-        return sock
+    def wire(self) -> object:
+        """The transport's own connection, if there is one; kombu's public name for it connects where there is none."""
+        return getattr(self.connection, "_connection", None)
 
     def connect(self) -> Connection:
         """Connect, and declare what is missing: whoever comes first, and again after a broker lost it."""
@@ -242,7 +238,7 @@ class Consumer(CeleryConsumer):
         self._bury(message, f"undecodable: {exc}")
 
     def _bury(self, message: Message, reason: str) -> None:
-        reason = reason.replace("\x00", "")[:500]
+        reason = storable(reason)
         headers = {
             "x-orchestrator-reason": reason,
             "x-orchestrator-queue": str(message.delivery_info.get("routing_key")),

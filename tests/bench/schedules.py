@@ -31,7 +31,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.support.postgres import PostgresServer
-from tests.support.processes import Process, eventually
+from tests.support.processes import Process, eventually, peak_memory
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.stack import Stack, amqp_connection, queue_depth
 
@@ -99,12 +99,6 @@ def machine(stack: Stack, rabbitmq: RabbitMQServer) -> str:
         f"{os.cpu_count()} cores ({platform.machine()} {platform.system()}, Python {platform.python_version()},"
         f" RabbitMQ {broker}, PostgreSQL {version} with fsync=on, loopback), all on the same cores"
     )
-
-
-def peak_memory(pid: int | str = "self") -> float:
-    """Return the peak of a process's memory in MiB."""
-    # Not ru_maxrss: that one remembers the process which we were forked from.
-    return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -2,7 +2,6 @@
 
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from pathlib import Path
 from typing import Final
 
 import pytest
@@ -21,7 +20,7 @@ from tests.support.discovery_server import (
 )
 from tests.support.evidence import Evidence
 from tests.support.network import LONGEST_CALL
-from tests.support.processes import Process, children_of, eventually
+from tests.support.processes import Process, children_of, eventually, peak_memory
 from tests.support.rounds import rounds
 
 _NOW: Final = datetime.now(UTC)
@@ -159,7 +158,7 @@ def test_every_misbehaviour_is_outlived(make_rabbitmq: StackFactory, evidence: E
             assert second["started_at"] >= first["next_attempt_at"], name
             assert len({request.headers["idempotency-key"] for request in discovery.requests}) == 1, name
             evidence.trials += 1
-            evidence.recoveries.append((run["finished_at"] - first["next_attempt_at"]).total_seconds())
+            evidence.recovered((run["finished_at"] - first["next_attempt_at"]).total_seconds())
 
         assert worker.running
         grown = resident(worker) - small
@@ -168,9 +167,5 @@ def test_every_misbehaviour_is_outlived(make_rabbitmq: StackFactory, evidence: E
 
 
 def resident(worker: Process) -> float:
-    """Return the most memory that a worker and its children ever had at once, each, in MB."""
-    peaks = [
-        int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
-        for pid in [worker.pid, *children_of(worker.pid)]
-    ]
-    return sum(peaks)
+    """Return the most memory that a worker and its children ever had, each, in MiB in all."""
+    return sum(map(peak_memory, [worker.pid, *children_of(worker.pid)]))

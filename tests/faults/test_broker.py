@@ -13,11 +13,10 @@ import pytest
 
 from tests.support.evidence import Evidence
 from tests.support.fleet import SHUTDOWN
-from tests.support.oracle import Oracle
+from tests.support.oracle import RESUMED, Oracle
 from tests.support.outages import (
     BIG,
     NOTICED,
-    RESUMED,
     SMALL,
     Caller,
     Scene,

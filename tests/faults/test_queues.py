@@ -11,9 +11,9 @@ import pytest
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE
 from tests.faults.conftest import StackFactory
 from tests.support.evidence import Evidence
+from tests.support.oracle import RESUMED
 from tests.support.outages import (
     BIG,
-    RESUMED,
     SMALL,
     Scene,
     Scenes,

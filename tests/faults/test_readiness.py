@@ -4,12 +4,9 @@ import pytest
 
 from tests.faults.conftest import StackFactory
 from tests.support.evidence import Evidence
-from tests.support.outages import command
+from tests.support.outages import NOTICED, command
 from tests.support.processes import Process, eventually
 from tests.support.stack import Stack
-
-NOTICED = 30.0
-"""Seconds."""
 
 
 @pytest.mark.fault("a worker and a beat frozen (SIGSTOP): they are not ready, and ready again once thawed")

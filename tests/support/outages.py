@@ -31,8 +31,7 @@ from psycopg import sql
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE
 from tests.support.beats import add_policies, database_clock, slot_run
 from tests.support.evidence import Evidence
-from tests.support.oracle import FEW, Oracle, Verdict
-from tests.support.oracle import RESUMED as RESUMED  # noqa: PLC0414 -- tests of outages take it from here
+from tests.support.oracle import FEW, RESUMED, Oracle, Verdict
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Process, eventually
 from tests.support.rabbitmq import RabbitMQServer

@@ -71,6 +71,12 @@ def _first_ephemeral_port() -> int:
 _EPHEMERAL: Final = _first_ephemeral_port()
 
 
+def peak_memory(pid: int | str = "self") -> float:
+    """Return the peak of a process's memory in MiB."""
+    # Not ru_maxrss: that one remembers the process which we were forked from.
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def local_ports(pid: int) -> set[int]:
     """Return the local TCP ports of a process."""
     sockets = set()

@@ -7,12 +7,11 @@ from sqlalchemy import delete, func, literal, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from orchestrator.db import Database
-from orchestrator.domain import Health, Node
+from orchestrator.domain import Health, Node, storable
 from orchestrator.ledger.transitions import clock
 from orchestrator.schema import nodes
 
 _WELL: Final = Health()
-_LONGEST_REASON: Final = 500
 
 
 class NodeLedger:
@@ -40,8 +39,8 @@ class NodeLedger:
             "queues": list(node.queues),
             "concurrency": node.concurrency,
             "host": node.host,
-            "problem": _printable(health.problem),
-            "degraded": _printable(health.degraded),
+            "problem": health.problem and storable(health.problem),
+            "degraded": health.degraded and storable(health.degraded),
         }
         if first:
             values |= {"started_at": clock}
@@ -61,8 +60,3 @@ class NodeLedger:
         """Remove a node that stops in an orderly way."""
         with self._database.transaction() as connection:
             connection.execute(nodes.delete().where(nodes.c.name == node.name))
-
-
-def _printable(reason: str | None) -> str | None:
-    # Words of a broker's may be anything.
-    return None if reason is None else reason.replace("\x00", "")[:_LONGEST_REASON]

@@ -10,7 +10,17 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
 
 from orchestrator.db import Database
-from orchestrator.domain import UNFINISHED, Arguments, DispatchState, NewRun, RunKind, RunState, SkipReason, WakeUp
+from orchestrator.domain import (
+    UNFINISHED,
+    Arguments,
+    DispatchState,
+    NewRun,
+    RunKind,
+    RunState,
+    SkipReason,
+    WakeUp,
+    storable,
+)
 from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, OrchestratorError
 from orchestrator.ledger.transitions import (
     ENQUEUE_GRACE,
@@ -333,4 +343,4 @@ def _audit(
 
 
 def _first_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0].replace("\x00", "")[:500]
+    return storable(f"{type(error).__name__}: {error}".partition("\n")[0])
