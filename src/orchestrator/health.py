@@ -98,8 +98,10 @@ class BrokerWatch:
         except PublishError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 -- an answer too, and the next question may fare better
-            _log.exception(Event.BROKER_DEGRADED, code="internal_error")
-            return f"{type(error).__name__}; see its log"
+            what = f"{type(error).__name__}; see its log"
+            if self.degraded != what:
+                _log.exception(Event.BROKER_DEGRADED, code="internal_error")
+            return what
         return None
 
     def _note(self, degraded: str | None) -> None:

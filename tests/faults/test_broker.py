@@ -11,27 +11,16 @@ from uuid import UUID
 
 import pytest
 
+from tests.support.callers import BIG, SMALL, Caller, add_tasks, pending
 from tests.support.evidence import Evidence
 from tests.support.fleet import SHUTDOWN
+from tests.support.operators import NOTICED, await_degraded, await_told, command
 from tests.support.oracle import RESUMED, Oracle
-from tests.support.outages import (
-    BIG,
-    NOTICED,
-    SMALL,
-    Caller,
-    Scene,
-    Scenes,
-    add_tasks,
-    assert_all_run,
-    await_degraded,
-    await_told,
-    command,
-    pending,
-)
 from tests.support.postgres import PostgresServer, StopMode
 from tests.support.processes import Process, eventually
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.rounds import LONG, rounds
+from tests.support.scenes import Scene, Scenes, assert_all_run
 from tests.support.stack import Stack
 
 SOURCES: Final = 4_000

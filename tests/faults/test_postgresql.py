@@ -15,33 +15,16 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests.support.callers import BIG, SMALL, Caller, Traffic, add_tasks, pending
 from tests.support.evidence import Evidence
+from tests.support.operators import Outcome, command
 from tests.support.oracle import Oracle
-from tests.support.outages import (
-    AT_COMMIT,
-    BIG,
-    MARKED,
-    PUBLISHING,
-    PULSE,
-    SMALL,
-    Caller,
-    Outcome,
-    Scene,
-    Scenes,
-    Traffic,
-    add_tasks,
-    assert_all_run,
-    catch,
-    command,
-    commits_held,
-    configure,
-    pending,
-    terminate,
-)
 from tests.support.postgres import PostgresServer, StopMode
 from tests.support.processes import eventually
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.rounds import rounds
+from tests.support.scenes import Scene, Scenes, assert_all_run
+from tests.support.sessions import AT_COMMIT, MARKED, PUBLISHING, PULSE, catch, commits_held, configure, terminate
 from tests.support.stack import Stack
 
 SOURCES: Final = 4_000

@@ -10,22 +10,15 @@ import pytest
 
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE
 from tests.faults.conftest import StackFactory
+from tests.support.callers import BIG, SMALL, consumers, pending
 from tests.support.evidence import Evidence
+from tests.support.operators import await_told, command
 from tests.support.oracle import RESUMED
-from tests.support.outages import (
-    BIG,
-    SMALL,
-    Scene,
-    Scenes,
-    await_told,
-    command,
-    consumers,
-    pending,
-)
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.rounds import rounds
+from tests.support.scenes import Scene, Scenes
 from tests.support.stack import QUEUE, Stack, amqp_connection, drain, queue_depth
 
 EXCHANGE: Final = "orchestrator"

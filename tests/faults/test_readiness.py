@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.conftest import StackFactory
 from tests.support.evidence import Evidence
-from tests.support.outages import NOTICED, command
+from tests.support.operators import NOTICED, command
 from tests.support.processes import Process, eventually
 from tests.support.stack import Stack
 

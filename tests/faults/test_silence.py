@@ -13,10 +13,10 @@ from uuid import UUID, uuid4
 import pytest
 
 from tests.support.beats import add_policies, database_clock
+from tests.support.callers import EVERY, SCHEDULED, slots_owed
 from tests.support.evidence import Evidence
 from tests.support.network import LONGEST_CALL, READY, Network, open_network
 from tests.support.oracle import RESUMED, Oracle
-from tests.support.outages import EVERY, SCHEDULED, slots_owed
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Process, eventually
 from tests.support.proxy import Drop, DropAfter, Proxy, Toward, Upon

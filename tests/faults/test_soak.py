@@ -21,14 +21,15 @@ import pytest
 from celery import Celery
 
 from tests.support.beats import add_policies
+from tests.support.callers import EVERY, SCHEDULED, slots_owed
 from tests.support.discovery_server import Behaviour, DiscoveryServer, answer, close
 from tests.support.evidence import Evidence
 from tests.support.oracle import RESUMED, Oracle
-from tests.support.outages import EVERY, SCHEDULED, slots_owed, terminate
 from tests.support.postgres import PostgresServer, StopMode
 from tests.support.processes import Process, children_of, eventually
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.rounds import LONG
+from tests.support.sessions import terminate
 from tests.support.stack import Stack
 
 SECONDS: Final = 1_800 if LONG else 10

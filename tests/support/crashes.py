@@ -86,10 +86,6 @@ class CrashPoints:
         fresh.write_text(text)
         fresh.rename(self._directory / name)
 
-    def disarm(self) -> None:
-        """Kill nobody."""
-        (self._directory / "armed").unlink(missing_ok=True)
-
 
 def _reach(point: str) -> None:
     if point not in _seen:
