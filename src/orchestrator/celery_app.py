@@ -117,6 +117,8 @@ def _common() -> dict[str, Any]:
         "broker_connection_timeout": 5,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        # A broker that says no (403, 404) is one whose password, rights or queues are being changed.
+        "broker_channel_error_retry": True,
         "broker_heartbeat": 10,  # a connection that nobody serves is noticed within 25 s
         "broker_pool_acquire_timeout": 10,  # the default waits for ever
         "task_publish_retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.5, "interval_max": 1},
@@ -205,12 +207,19 @@ def _declare(connection: Connection | pyamqp.Connection, what: str, declare: Cal
         sentence = f"we may not declare the {what}, so it must exist: grant our broker user the right to configure it"
         _warn_once(what, f"{sentence}. Broker: {error.reply_text}")
     except amqp.exceptions.PreconditionFailed as error:
-        sentence = (
-            f"the {what} exists with another type or other arguments than plain Celery clients declare, so the broker"
-            " will refuse those that do (406): delete it while it is unused and let a worker declare it; queue type,"
-            " limits and dead-lettering belong in a policy or the vhost's default queue type"
-        )
+        sentence = f"the {what} cannot be declared"
+        if exists_otherwise(error):
+            sentence = (
+                f"the {what} exists with another type or other arguments than plain Celery clients declare, so the"
+                " broker will refuse those that do (406): delete it while it is unused and let a worker declare it;"
+                " queue type, limits and dead-lettering belong in a policy or the vhost's default queue type"
+            )
         _warn_once(what, f"{sentence}. Broker: {error.reply_text}")
+
+
+def exists_otherwise(error: amqp.exceptions.PreconditionFailed) -> bool:
+    """Tell whether that is why it was not declared: a limit of the vhost, say, is a 406, too."""
+    return "inequivalent" in str(error.reply_text)
 
 
 @cache

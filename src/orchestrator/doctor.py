@@ -29,7 +29,7 @@ from sqlalchemy.exc import DBAPIError
 from orchestrator import bootstrap, migrations
 from orchestrator.bootstrap import Services
 from orchestrator.catalog import mismatch_explained
-from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, app
+from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, app, exists_otherwise
 from orchestrator.domain import ScheduleState
 from orchestrator.errors import OrchestratorError
 from orchestrator.insights import ALIVE_WITHIN, NodeStatus, NodeView
@@ -622,6 +622,9 @@ def _task_queues() -> Iterator[Finding]:
                 with connection.channel() as channel:
                     declared: Any = Queue(name, durable=True).bind(channel).queue_declare()
             except PreconditionFailed as error:
+                if not exists_otherwise(error):
+                    yield Finding("broker", Status.FAIL, f"{name} cannot be declared: {error.reply_text}")
+                    continue
                 detail = f"{name} exists with other arguments, so that plain clients get a 406: {error.reply_text}"
                 remedy = "delete the queue while it is empty and let a worker declare it; put limits into a policy"
                 yield Finding("broker", Status.WARN, detail, remedy)

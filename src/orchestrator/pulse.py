@@ -75,10 +75,9 @@ class Pulse:
         return PERIOD * uniform(0.8, 1.2)  # noqa: S311 -- spread, no secret
 
     def run(self, stop: threading.Event) -> None:
-        """Do rounds until told to stop, then sign off."""
+        """Do rounds until told to stop."""
         while not stop.wait(self.once()):
             pass
-        self.sign_off()
 
     def sign_off(self) -> None:
         """Tell the ledger that this node stopped in an orderly way, if it can hear it."""

@@ -27,6 +27,7 @@ from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, WAKE_NUMBER, Send
 from orchestrator.domain import Node, storable
 from orchestrator.errors import ConfigurationError, PublishError
 from orchestrator.health import ABSENT_AFTER, Attendance, BrokerWatch
+from orchestrator.pulse import Pulse
 from orchestrator.rabbitmq import break_off, socket_of
 from orchestrator.settings import current
 from orchestrator.telemetry import Event, configure_logging, logger
@@ -38,6 +39,7 @@ _LONGEST_ID: Final = 500
 
 _BURY_AGAIN: Final = 10.0  # seconds
 _SIGN_OF_LIFE: Final = 1.0  # seconds
+_ASK_AGAIN: Final = 2.0  # seconds
 _SOLO_HEARTBEAT: Final = 60.0  # seconds
 
 _log = logger(__name__)
@@ -99,24 +101,30 @@ class PulseStep(bootsteps.StartStopStep):
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._watch: BrokerWatch | None = None
+        self._orderly = True
 
     def start(self, parent: Any) -> None:
         """Begin to beat."""
         del parent
         pulse, self._watch = bootstrap.services().pulse(this_node(), _attendance)
         self._watch.start()
-        self._thread = threading.Thread(target=pulse.run, args=(self._stop,), name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, args=(pulse,), name="pulse", daemon=True)
         self._thread.start()
         threading.Thread(target=self._revive_consumer, name="consumer watch", daemon=True).start()
 
     def stop(self, parent: Any) -> None:
-        """Stop beating and sign off."""
-        del parent
+        """Stop beating, and sign off unless something is wrong: who merely vanishes is missed, and shown as silent."""
+        self._orderly = not parent.exitcode
         self._stop.set()
         if self._watch is not None:
             self._watch.stop()
         if self._thread is not None:
             self._thread.join(timeout=5)
+
+    def _beat(self, pulse: Pulse) -> None:
+        pulse.run(self._stop)
+        if self._orderly:
+            pulse.sign_off()
 
     def _revive_consumer(self) -> None:
         """Break the connection of a consumer that is stuck, so that it makes a new one.
@@ -151,8 +159,6 @@ class Consumer(CeleryConsumer):
         # wait for its confirm: as long as a broker is in alarm nothing would be consumed, and SIGTERM not be heard.
         silent = {"task_events": False, "without_heartbeat": True, "without_gossip": True, "without_mingle": True}
         super().__init__(*args, **{**kwargs, **silent})
-        # A queue may be deleted between being declared and being bound or consumed: connect and declare anew.
-        self.connection_errors = (*self.connection_errors, amqp.exceptions.NotFound)
 
     def stop(self) -> None:
         """Stop; a broker is told goodbye a dozen times, so one that does not answer gets a second for each."""
@@ -174,10 +180,8 @@ class Consumer(CeleryConsumer):
         connection.transport.qos_semantics_matches_spec = lambda _: True  # type: ignore[method-assign, assignment] # no setting
         try:
             declare_topology(connection)
-        except Exception as error:
+        except Exception:
             connection.collect()
-            if isinstance(error, amqp.exceptions.NotFound):
-                sleep(1)  # it is tried again at once, and whoever deletes things may need a moment
             raise
         return connection
 
@@ -198,11 +202,13 @@ class Consumer(CeleryConsumer):
         """Note that there is no connection."""
         _attendance.absent(f"it cannot connect to its broker: {exc}")
         super().on_connection_error_before_connected(exc)
+        _pause_if_refused(exc)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Note that the connection is gone."""
         _attendance.absent(f"its connection to the broker broke: {exc}")
         super().on_connection_error_after_connected(exc)
+        _pause_if_refused(exc)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Message], None]:
         """Return the callback for messages: dead-letter what no task can take, reduce the rest."""
@@ -265,6 +271,12 @@ class Consumer(CeleryConsumer):
             # Without an event loop this is the thread that consumes; a short pause is all it can afford.
             sleep(1)
             message.requeue()
+
+
+def _pause_if_refused(error: Exception) -> None:
+    # Celery connects anew at once, and whoever changes passwords, rights or queues needs a moment.
+    if isinstance(error, amqp.exceptions.ChannelError):
+        sleep(_ASK_AGAIN)
 
 
 def reduce_to_wake_up(message: Message) -> None:

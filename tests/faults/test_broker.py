@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
 import pytest
@@ -165,8 +166,7 @@ def test_accepts_nothing(
             # How long the fault lasts.
             time.sleep(max(0.0, seconds - (time.monotonic() - began_at)))
             assert pending(stack) > 0
-            nodes = command(stack, "workers", "--json").document["nodes"]
-            assert all(node["alive"] for node in nodes), nodes
+            assert all(node["alive"] for node in command(stack, "workers", "--json").document["nodes"])
         with evidence.recovery():
             scene.await_resumed()
             stack.await_run(run_id, "succeeded")
@@ -176,10 +176,66 @@ def test_accepts_nothing(
     eventually(lambda: statuses(stack) == {"ready"}, within=NOTICED, what="every worker is ready, and no more", every=1)
 
 
+@contextmanager
+def password_changed(rabbitmq: RabbitMQServer, vhost: str) -> Iterator[None]:
+    """Nobody is let in any more, and those who are in are sent away."""
+    rabbitmq.ctl("change_password", "guest", "another")
+    rabbitmq.ctl("close_all_connections", "--vhost", vhost, "password changed")
+    try:
+        yield
+    finally:
+        rabbitmq.ctl("change_password", "guest", "guest")
+
+
+@contextmanager
+def nothing_to_be_read(rabbitmq: RabbitMQServer, vhost: str) -> Iterator[None]:
+    """The right to consume and to bind is gone; to publish is allowed."""
+    rabbitmq.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", "^$")
+    rabbitmq.ctl("close_all_connections", "--vhost", vhost, "rights changed")
+    try:
+        yield
+    finally:
+        rabbitmq.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+
+
+@pytest.mark.fault("RabbitMQ refuses us for a while: another password, a right less")
+@pytest.mark.parametrize("changed", [password_changed, nothing_to_be_read])
+def test_refuses_us(
+    scene: Scene,
+    rabbitmq: RabbitMQServer,
+    evidence: Evidence,
+    changed: Callable[[RabbitMQServer, str], AbstractContextManager[None]],
+) -> None:
+    with scene.traffic as traffic:
+        run_id = traffic.fan_out()
+        with changed(rabbitmq, unquote(urlsplit(scene.broker).path[1:])):
+            evidence.trials += 1
+            eventually(
+                lambda: statuses(scene.stack) == {"not ready"},
+                within=NOTICED,
+                what="an operator is told that no worker is ready",
+                every=1,
+            )
+            (reason, *_) = {node["problem"] for node in nodes(scene.stack)}
+            evidence.note(f"workers: “{reason}”")
+            assert "ACCESS_REFUSED" in reason
+        with evidence.recovery():
+            scene.await_resumed()
+            scene.stack.await_run(run_id, "succeeded")
+    scene.conclude(evidence)
+
+    assert not traffic.refusals, traffic.refusals
+
+
+def nodes(stack: Stack) -> list[dict[str, Any]]:
+    """Return the workers as an operator sees them."""
+    document = command(stack, "workers", "--json").document
+    return [node for node in document["nodes"] if node["kind"] == "worker"]
+
+
 def statuses(stack: Stack) -> set[str]:
     """Return how the workers are, as an operator sees it."""
-    nodes = command(stack, "workers", "--json").document["nodes"]
-    return {node["status"] for node in nodes if node["kind"] == "worker"}
+    return {node["status"] for node in nodes(stack)}
 
 
 # --- Away from the start --------------------------------------------------------------------------------------------
