@@ -35,7 +35,7 @@ from orchestrator.errors import (
     PublishError,
     QueueMissingError,
 )
-from orchestrator.rabbitmq import FrameTemplate, Line, Patience
+from orchestrator.rabbitmq import FrameTemplate, Line, Patience, frame_handler
 from orchestrator.settings import Settings, current
 from orchestrator.telemetry import Event, logger
 
@@ -140,6 +140,7 @@ def _transport(settings: Settings) -> dict[str, Any]:
                 # Without these a blocked broker hangs the caller even with a confirm time-out.
                 "read_timeout": IO_TIMEOUT,
                 "write_timeout": IO_TIMEOUT,
+                "frame_handler": frame_handler,
             },
         }
     return {

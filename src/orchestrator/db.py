@@ -49,6 +49,7 @@ _TRANSIENT: Final = (
     psycopg.InterfaceError,
     pg.ReadOnlySqlTransaction,
     pg.IdleInTransactionSessionTimeout,
+    pg.TransactionTimeout,
 )
 
 Answer = TypeVar("Answer")
@@ -210,7 +211,8 @@ def _translate(error: BaseException | None) -> OrchestratorError | None:
         return NotMigratedError(f"{_first_line(error)}; run `orchestrator migrate`")
     if isinstance(error, pg.InsufficientPrivilege):
         return DatabaseRightsError(f"{_first_line(error)}; deploy/postgresql/grants.sql has the rights that are needed")
-    if isinstance(error, _TRANSIENT):
+    # A prepared statement met an ALTER TABLE of the application's; it is prepared anew on the next try.
+    if isinstance(error, _TRANSIENT) or (isinstance(error, pg.FeatureNotSupported) and "cached plan" in str(error)):
         return DatabaseUnavailableError(f"PostgreSQL: {_first_line(error)}")
     return None
 
@@ -224,6 +226,11 @@ def _forget_broken_connection(context: object) -> None:
     orig = getattr(context, "original_exception", None)
     # A session is read-only by a default that it got at its start: a new one may not be.
     if isinstance(
-        orig, pg.IdleInTransactionSessionTimeout | pg.AdminShutdown | pg.CrashShutdown | pg.ReadOnlySqlTransaction
+        orig,
+        pg.IdleInTransactionSessionTimeout
+        | pg.TransactionTimeout
+        | pg.AdminShutdown
+        | pg.CrashShutdown
+        | pg.ReadOnlySqlTransaction,
     ):
         context.is_disconnect = True  # type: ignore[attr-defined] # SQLAlchemy's ExceptionContext, untyped for listeners

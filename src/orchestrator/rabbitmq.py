@@ -27,6 +27,8 @@ from operator import itemgetter
 from time import monotonic
 from typing import Any, Final, Self
 
+import amqp
+from amqp import method_framing
 from amqp.exceptions import AMQPError, ChannelError
 from kombu.transport import pyamqp
 from kombu.utils.url import url_to_parts
@@ -51,11 +53,16 @@ MESSAGES_PER_WRITE: Final = 500
 WINDOW: Final = 5_000
 """At most this many messages are unconfirmed at a time."""
 
+UNREADABLE: Final = "x-orchestrator-unreadable-properties"
+"""Header of a message whose properties and headers could not be decoded: those bytes, as Python writes them."""
+_LONGEST_UNREADABLE: Final = 2_000
+
 _CHANNEL: Final = 1
 _BODY_LIMIT: Final = 4_096 - 8  # every AMQP peer accepts frames of 4,096 bytes
 _READ_SIZE: Final = 65_536
 _UNKNOWN, _ACKED, _NACKED = b"\0", b"\1", b"\2"
 _FRAME_END: Final = b"\xce"
+_HEADER_FRAME: Final = 2
 _FRAME_HEAD: Final = struct.Struct(">BHI")
 _ACK: Final = struct.pack(">HH", 60, 80)
 _ACK_ARGUMENTS: Final = struct.Struct(">Q?")
@@ -491,6 +498,32 @@ def _open(address: _Address, set_up: Callable[[pyamqp.Connection], object], pati
     connection = _connection(address, patience)
     with _broken_after(patience.open, connection):
         return _opened(connection, address, set_up, patience)
+
+
+def frame_handler(connection: object, callback: Callable[..., object]) -> Callable[[tuple[int, int, bytes]], object]:
+    """Read frames as py-amqp does, and messages whose properties it cannot decode without them: see ``UNREADABLE``.
+
+    Otherwise such a message (a time in milliseconds, text that is not UTF-8) would end the loop that consumes, and then
+    that of every worker which the broker gives it to next.
+    """
+    handle: Callable[[tuple[int, int, bytes]], object] = method_framing.frame_handler(connection, callback)
+
+    def on_frame(frame: tuple[int, int, bytes]) -> object:
+        kind, channel, payload = frame
+        return handle((kind, channel, _readable(payload)) if kind == _HEADER_FRAME else frame)
+
+    return on_frame
+
+
+def _readable(header: bytes) -> bytes:
+    message: Any = amqp.Message()  # the stubs know nothing of reading
+    try:
+        message.inbound_header(header)
+    except Exception:  # noqa: BLE001 -- whatever strange bytes make of a decoder
+        raw = ascii(bytes(header[12 : 12 + _LONGEST_UNREADABLE]))  # after class, weight and size
+        properties = commands.Basic.Properties(headers={UNREADABLE: raw})
+        return ContentHeader(body_size=message.body_size, properties=properties).marshal()
+    return header
 
 
 def socket_of(connection: object) -> socket.socket | None:

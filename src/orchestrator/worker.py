@@ -28,7 +28,7 @@ from orchestrator.domain import Node, storable
 from orchestrator.errors import ConfigurationError, PublishError
 from orchestrator.health import ABSENT_AFTER, Attendance, BrokerWatch
 from orchestrator.pulse import Pulse
-from orchestrator.rabbitmq import break_off, socket_of
+from orchestrator.rabbitmq import UNREADABLE, break_off, socket_of
 from orchestrator.settings import current
 from orchestrator.telemetry import Event, configure_logging, logger
 
@@ -219,6 +219,8 @@ class Consumer(CeleryConsumer):
                 reduce_to_wake_up(message)
             except _UndeliverableError as error:
                 self._bury(message, str(error))
+            except Exception as error:  # noqa: BLE001 -- of the message's making; it would end this worker and the next
+                self._bury(message, f"{type(error).__name__}: {error}")
             else:
                 handle(message)
 
@@ -248,7 +250,7 @@ class Consumer(CeleryConsumer):
         headers = {
             "x-orchestrator-reason": reason,
             "x-orchestrator-queue": str(message.delivery_info.get("routing_key")),
-            "x-original-headers": json.dumps(message.headers, default=repr)[:10_000].replace("\\u0000", ""),
+            "x-original-headers": _shown(message.headers)[:10_000],
         }
         try:
             _undertaker.bury(message.body, headers, message.content_type or "", message.content_encoding or "")
@@ -273,9 +275,18 @@ class Consumer(CeleryConsumer):
             message.requeue()
 
 
+def _shown(headers: object) -> str:
+    try:
+        return json.dumps(headers, default=repr).replace("\\u0000", "")
+    except TypeError:
+        return ascii(headers)  # keys that are no text
+    except RecursionError:
+        return "nested too deeply to be shown"
+
+
 def _pause_if_refused(error: Exception) -> None:
     # Celery connects anew at once, and whoever changes passwords, rights or queues needs a moment.
-    if isinstance(error, amqp.exceptions.ChannelError):
+    if isinstance(error, amqp.exceptions.ChannelError | amqp.exceptions.IrrecoverableConnectionError):
         sleep(_ASK_AGAIN)
 
 
@@ -288,6 +299,8 @@ def reduce_to_wake_up(message: Message) -> None:
     Raises:
         _UndeliverableError: no task can take it.
     """
+    if UNREADABLE in (message.headers or {}):
+        raise _UndeliverableError("its properties or headers cannot be decoded")
     try:
         payload = message.payload
     except Exception as error:

@@ -1,6 +1,8 @@
 """Poison: nothing that stands in a queue ends a worker, holds up a good message, or is silently gone."""
 
 import json
+import struct
+from functools import partial
 from random import Random
 from typing import Any, Final
 from uuid import uuid4
@@ -68,6 +70,51 @@ def undeliverable(random: Random) -> tuple[bytes, dict[str, Any]]:
     return random.choice(letters)
 
 
+class Raw(amqp.Message):
+    """A message whose properties are these bytes, for py-amqp would not write them."""
+
+    def __init__(self, body: bytes, properties: bytes) -> None:
+        super().__init__(body)
+        self._raw = properties
+
+    def _serialize_properties(self) -> bytes:
+        return self._raw
+
+
+def short(text: bytes) -> bytes:
+    return bytes([len(text)]) + text
+
+
+def table(*items: tuple[bytes, bytes]) -> bytes:
+    """Encode headers: names, and values with the letter of their type."""
+    content = b"".join(short(name) + value for name, value in items)
+    return struct.pack(">I", len(content)) + content
+
+
+def nested(depth: int) -> bytes:
+    value = b"F" + table()
+    for _ in range(depth):
+        value = b"F" + table((b"n", value))
+    return value
+
+
+CONTENT_TYPE, ENCODING, HEADERS, MESSAGE_ID, TIMESTAMP = (1 << bit for bit in (15, 14, 13, 7, 6))
+OURS: Final = tuple(
+    (name, b"S" + struct.pack(">I", len(value)) + value)
+    for name, value in {b"task": CRAWL_TASK.encode(), b"id": b"of no use"}.items()
+)
+UNREADABLE: Final[dict[str, tuple[int, bytes]]] = {
+    "a time in milliseconds": (HEADERS, table(*OURS, (b"sent", b"T" + struct.pack(">Q", 1_763_973_000_000)))),
+    "a time of no calendar": (HEADERS, table(*OURS, (b"sent", b"T" + struct.pack(">Q", 2**63)))),
+    "nested thousands of times": (HEADERS, table(*OURS, (b"n", nested(3_000)))),
+    "nested hundreds of times": (HEADERS, table(*OURS[:1], (b"n", nested(600)))),
+    "a name that is not UTF-8": (HEADERS, table(*OURS[:1], (b"\xff\xfe", b"V"))),
+    "a content type that is not UTF-8": (CONTENT_TYPE | HEADERS, short(b"\xff\xfe") + table(*OURS)),
+    "an encoding that is not UTF-8": (ENCODING | HEADERS, short(b"\xff\xfe") + table(*OURS)),
+    "a message id that is not UTF-8": (HEADERS | MESSAGE_ID, table(*OURS) + short(b"\xff\xfe")),
+}
+
+
 def publish(stack: Stack, body: bytes, properties: dict[str, Any], queue: str) -> None:
     assert stack.broker is not None
     with amqp_connection(stack.broker) as connection:
@@ -110,6 +157,34 @@ def test_generated_bad_messages(make_rabbitmq: StackFactory, random: Random, evi
         "orchestrator.crawl": 0,
         "orchestrator.analysis": 0,
     }
+
+
+def holds(broker: str, letters: int) -> bool:
+    return queue_depth(broker, DEAD) == letters
+
+
+@pytest.mark.fault("messages whose properties and headers cannot be decoded")
+def test_unreadable_properties(make_rabbitmq: StackFactory, evidence: Evidence) -> None:
+    stack = make_rabbitmq()
+    assert stack.broker is not None
+    broker = stack.broker
+    stack.application.add_task(1, [])
+    worker = stack.worker()
+
+    for number, (what, (flags, properties)) in enumerate(UNREADABLE.items(), start=1):
+        with amqp_connection(broker) as connection:
+            message = Raw(b"[[1], {}, {}]", struct.pack(">H", flags) + properties)
+            connection.channel().basic_publish(message, routing_key="orchestrator.crawl")
+        eventually(partial(holds, broker, number), within=20, what=f"a dead letter of {what}")
+        evidence.trials += 1
+
+    assert stack.await_run(stack.crawl(1))["state"] == "succeeded"
+    assert worker.running
+    assert "Unrecoverable" not in worker.text()
+    for letter in drain(broker, DEAD):
+        assert letter.raw == b"[[1], {}, {}]"
+        assert letter.properties["application_headers"]["x-orchestrator-reason"], letter
+        assert letter.properties["application_headers"]["x-original-headers"], letter
 
 
 @pytest.mark.fault("a message with 10 MB of argument")
