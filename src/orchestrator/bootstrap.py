@@ -6,6 +6,7 @@ One set of services a process, made on first use. A forked child makes its own: 
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -51,12 +52,13 @@ class Services:
     fan_out: FanOut
     analyser: SiteAnalyser
 
-    def pulse(self, node: Node, attendance: Attendance) -> tuple[Pulse, BrokerWatch]:
+    def pulse(self, node: Callable[[], Node], attendance: Attendance) -> tuple[Pulse, BrokerWatch]:
         """Make the pulse of a worker, whose heartbeats say whether it takes messages."""
         watch = _broker_watch()
 
         def health() -> Health:
-            return Health("it is stopping" if stopping() else attendance.problem, watch.degraded)
+            idle = None if node().queues else "it was told to take messages from no queue"
+            return Health("it is stopping" if stopping() else attendance.problem or idle, watch.degraded)
 
         return Pulse(self.ledger, self.sender.wake, node, health=health), watch
 
@@ -70,7 +72,7 @@ class Services:
         def health() -> Health:
             return Health(firing.problem, watch.degraded)
 
-        pulse = Pulse(self.ledger, wake, node, health=health, heartbeat=0.0, stopping=stopping)
+        pulse = Pulse(self.ledger, wake, lambda: node, health=health, heartbeat=0.0, stopping=stopping)
         return firing, pulse, watch
 
     def caps(self, node: Node | None) -> Caps:

@@ -32,7 +32,7 @@ class Pulse:
     Args:
         ledger: where state lives.
         enqueue: sends wake-ups, each confirmed; raises PublishError.
-        node: who beats.
+        node: tells who beats; what it serves may change.
         health: tells how the node is; written with its heartbeat.
         heartbeat: seconds between heartbeats.
         stopping: tells that a round should end at the next opportunity.
@@ -42,7 +42,7 @@ class Pulse:
         self,
         ledger: Ledger,
         enqueue: Callable[[Sequence[WakeUp]], None],
-        node: Node,
+        node: Callable[[], Node],
         *,
         health: Callable[[], Health] = Health,
         heartbeat: float = HEARTBEAT,
@@ -82,7 +82,7 @@ class Pulse:
     def sign_off(self) -> None:
         """Tell the ledger that this node stopped in an orderly way, if it can hear it."""
         try:
-            self._ledger.nodes.sign_off(self._node)
+            self._ledger.nodes.sign_off(self._node())
         except TransientError as error:
             _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error))
 
@@ -96,7 +96,7 @@ class Pulse:
         health = self._health()
         # News at once: whoever waits for a worker to be ready waits for this.
         if health != self._told or monotonic() - self._seen_at >= self._heartbeat:
-            self._ledger.nodes.heartbeat(self._node, __version__, first=self._told is None, health=health)
+            self._ledger.nodes.heartbeat(self._node(), __version__, first=self._told is None, health=health)
             self._seen_at, self._told = monotonic(), health
 
     def _wake(self) -> None:

@@ -13,11 +13,13 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from time import sleep
 from typing import Any, Final
 
 import amqp.exceptions
 from celery import bootsteps, signals
+from celery.worker import control
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Connection, Message
 from kombu.utils.json import dumps
@@ -36,6 +38,7 @@ NOT_BEFORE: Final = "orchestrator_not_before"
 EXPIRES: Final = "orchestrator_expires"
 _OURS: Final = frozenset({ANALYSIS_TASK, CRAWL_TASK})
 _LONGEST_ID: Final = 500
+_DEEPEST: Final = 50
 
 _BURY_AGAIN: Final = 10.0  # seconds
 _SIGN_OF_LIFE: Final = 1.0  # seconds
@@ -52,6 +55,11 @@ _attendance: Final = Attendance()
 def this_node() -> Node:
     """Return the worker that this process, or its parent, is."""
     return _node
+
+
+def _node_now() -> Node:
+    # `celery control add_consumer` and `cancel_consumer` change the queues.
+    return replace(_node, queues=tuple(app.amqp.queues.consume_from))
 
 
 @signals.setup_logging.connect
@@ -106,7 +114,7 @@ class PulseStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         """Begin to beat."""
         del parent
-        pulse, self._watch = bootstrap.services().pulse(this_node(), _attendance)
+        pulse, self._watch = bootstrap.services().pulse(_node_now, _attendance)
         self._watch.start()
         self._thread = threading.Thread(target=self._beat, args=(pulse,), name="pulse", daemon=True)
         self._thread.start()
@@ -140,6 +148,22 @@ class PulseStep(bootsteps.StartStopStep):
 
 
 app.steps["worker"].add(PulseStep)
+
+
+def _refuse(command: str, sentence: str) -> None:
+    meta = control.Panel.meta[command]
+
+    @control.control_command(name=command, args=meta.args, signature=meta.signature, variadic=meta.variadic)
+    def refuse(state: object, **_: object) -> dict[str, str]:
+        """Refuse, for the reason that the answer gives."""
+        del state
+        return {"error": sentence}
+
+
+# A worker drops what was revoked unseen, and holds back what is too fast: also whatever would heal the run.
+for _command in ("revoke", "terminate", "revoke_by_stamped_headers"):
+    _refuse(_command, "runs are canceled in the ledger: orchestrator cancel RUN_ID")
+_refuse("rate_limit", "runs have no rate limit; DISCOVERY_CONCURRENCY caps the calls that are under way")
 
 
 class _UndeliverableError(Exception):
@@ -334,9 +358,28 @@ def _vet(facts: dict[str, Any], body: object) -> tuple[list[Any], dict[str, Any]
         raise _UndeliverableError(f"the task id must be text of 1 to {_LONGEST_ID} characters")
     match body:
         case [list() as args, dict() as kwargs, dict() | None]:
+            if _nested(args, kwargs):
+                raise _UndeliverableError(f"its arguments are nested more than {_DEEPEST} levels deep")
             # Celery's own wrapper would trip over a keyword argument of that name, before any code of ours runs.
             return args, {f"{name}_" if name == "self" else str(name): value for name, value in kwargs.items()}
     raise _UndeliverableError("the body must be a list of arguments, keyword arguments and embedded signatures")
+
+
+def _nested(*values: object) -> bool:
+    # A decoder copes with more than what hands it on to a child.
+    for _ in range(_DEEPEST):
+        values = tuple(
+            item
+            for value in values
+            if isinstance(value, list | dict)
+            for item in (value.values() if isinstance(value, dict) else value)
+        )
+    return bool(values)
+
+
+def _wake_number(value: object) -> int | None:
+    # Anybody can send one that the ledger's column cannot hold.
+    return value if isinstance(value, int) and 0 <= value < 2**31 else None
 
 
 def _reduced(facts: dict[str, Any]) -> dict[str, Any]:
@@ -353,8 +396,8 @@ def _reduced(facts: dict[str, Any]) -> dict[str, Any]:
         "origin": str(facts.get("origin", ""))[:200],
         "ignore_result": True,
         "traceparent": facts.get("traceparent"),
-        WAKE_NUMBER: facts.get(WAKE_NUMBER),
+        WAKE_NUMBER: _wake_number(facts.get(WAKE_NUMBER)),
         # After losing a child Celery sends the message again, with an ETA of its own.
         NOT_BEFORE: facts[NOT_BEFORE] if NOT_BEFORE in facts else facts.get("eta"),
-        EXPIRES: facts[EXPIRES] if NOT_BEFORE in facts else facts.get("expires"),
+        EXPIRES: facts.get(EXPIRES) if NOT_BEFORE in facts else facts.get("expires"),
     }

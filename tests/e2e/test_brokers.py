@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import amqp
 import pytest
 
+from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE
+from tests.support.operators import command
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
 from tests.support.rabbitmq import RabbitMQServer
@@ -103,3 +106,37 @@ def test_a_dead_letter_queue_that_refuses_is_tried_again_not_hammered(
     assert worker.text().count("message.dead_letter_failed") <= 3
     rabbitmq_server.ctl("clear_policy", "-p", VHOST, "full")
     eventually(lambda: "message.dead_lettered" in worker.text(), within=40, what="the poison is buried")
+
+
+def controlled(stack: Stack, order: str, *arguments: object, **options: object) -> dict[str, Any]:
+    """Give the one worker an order as `celery control` does; return its answer."""
+    client = stack.client()
+    # Not from kombu's pool: that has connections to earlier vhosts of this name.
+    with client.connection_for_write() as connection:
+        command: Any = getattr(client.control, order)
+        (answers,) = command(*arguments, **options, reply=True, timeout=10, limit=1, connection=connection)
+    (answer,) = answers.values()
+    return dict(answer)
+
+
+def test_remote_control_cannot_lose_a_run_and_shows_what_is_consumed(stack: Stack) -> None:
+    worker = stack.worker()
+    run_id = uuid4()
+
+    assert "error" in controlled(stack, "revoke", str(run_id), terminate=True)
+    assert "error" in controlled(stack, "terminate", str(run_id))
+    assert "error" in controlled(stack, "rate_limit", CRAWL_TASK, "1/h")
+    stack.crawl(1, celery_id=str(run_id))
+    stack.await_run(run_id, "succeeded")
+
+    controlled(stack, "cancel_consumer", CRAWL_QUEUE)
+
+    def consumed() -> list[str]:
+        (node,) = command(stack, "workers", "--json").document["nodes"]
+        queues: list[str] = node["queues"]
+        return queues
+
+    eventually(lambda: consumed() == [ANALYSIS_QUEUE], within=20, what="an operator sees which queue is left", every=1)
+    controlled(stack, "cancel_consumer", ANALYSIS_QUEUE)
+    eventually(lambda: command(stack, "ready").code == 1, within=20, what="without queues it is not ready", every=1)
+    assert worker.running

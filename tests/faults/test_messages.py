@@ -64,6 +64,7 @@ def undeliverable(random: Random) -> tuple[bytes, dict[str, Any]]:
             {**json_type, "application_headers": mine},
         ),
         (json.dumps([[1], {}]).encode(), {**json_type, "application_headers": mine}),
+        (f"[[{'[' * 900}{']' * 900}], {{}}, {{}}]".encode(), {**json_type, "application_headers": mine}),
         (json.dumps({"task": CRAWL_TASK}).encode(), json_type),
         (json.dumps({"task": CRAWL_TASK, "id": 3, "args": [1], "kwargs": {}}).encode(), json_type),
     ]
