@@ -25,13 +25,14 @@ from orchestrator.errors import (
     OrchestratorError,
 )
 from orchestrator.schema import SCHEMA
+from orchestrator.telemetry import Event, logger
 
 CONNECT_TIMEOUT: Final = 5  # seconds
 SILENCE: Final = 5.0
 """Seconds without a byte from the server after which it is asked whether it is still at it."""
 _ASKING: Final = 3  # seconds to connect within; with those before and the next connection 13 in all
 _LONGEST: Final = 130.0  # seconds; a statement's own time-out, and a little
-_STATE: Final = "SELECT state FROM pg_stat_activity WHERE pid = %s"
+_STATE: Final = "SELECT state, wait_event FROM pg_stat_activity WHERE pid = %s"
 _BUSY: Final = frozenset({"active", "fastpath function call"})
 _UNKNOWN: Final = "disabled"  # track_activities is off
 _SESSION: Final = {
@@ -53,6 +54,8 @@ _TRANSIENT: Final = (
 )
 
 Answer = TypeVar("Answer")
+
+_log = logger(__name__)
 
 
 class Database:
@@ -144,6 +147,8 @@ class _Session(psycopg.Connection[Any]):
     """Process id of our backend; not what the protocol's start said, which a pooler may have made up."""
     conninfo: str = ""
     """How the server is reached."""
+    waits_for: str | None = None
+    """What our backend waited for when the server was last asked, by PostgreSQL's name: ``SyncRep``, a standby."""
 
     def wait(self, gen: Generator[Any, Any, Answer], interval: float = 0.1, timeout: float | None = None) -> Answer:
         """See psycopg; every exchange with the server comes by here."""
@@ -151,6 +156,7 @@ class _Session(psycopg.Connection[Any]):
 
     def _watched(self, exchange: Generator[Any, Any, Answer]) -> Generator[Any, Any, Answer]:
         began_at = heard_at = monotonic()
+        told = False
         try:
             wanted = next(exchange)
             while True:
@@ -165,6 +171,9 @@ class _Session(psycopg.Connection[Any]):
                         self.pgconn.finish()
                         raise psycopg.OperationalError(f"no answer for {monotonic() - heard_at:.0f} s: connection lost")
                     heard_at = monotonic()
+                    if served and not told:
+                        told = True
+                        _log.warning(Event.DATABASE_BUSY, seconds=round(heard_at - began_at), wait_event=self.waits_for)
                 wanted = exchange.send(ready)
         except StopIteration as end:
             answer: Answer = end.value
@@ -184,6 +193,7 @@ class _Session(psycopg.Connection[Any]):
             return "FATAL" in str(error) and not give_up
         if found is None:
             return False
+        self.waits_for = found[1]
         return found[0] in _BUSY or (found[0] == _UNKNOWN and not give_up)
 
     def _has_answer(self) -> bool:

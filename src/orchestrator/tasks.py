@@ -55,8 +55,7 @@ def _crawl(request: Context, args: tuple[object, ...], kwargs: Mapping[str, obje
     new = _accept(request, RunKind.CRAWL, CrawlArguments, args, kwargs)
     if new is None:
         return
-    number = request.get(WAKE_NUMBER)
-    continuation = services().fan_out.deliver(new.run_id, number if isinstance(number, int) else None)
+    continuation = services().fan_out.deliver(new.run_id, _number(request))
     if continuation is not None:
         _wake(continuation)
 
@@ -72,6 +71,12 @@ def _analyse(request: Context, args: tuple[object, ...], kwargs: Mapping[str, ob
         _wake(waiting)
 
 
+def _number(request: Context) -> int | None:
+    # None of a caller's own message.
+    number = request.get(WAKE_NUMBER)
+    return number if isinstance(number, int) else None
+
+
 def _accept(
     request: Context,
     kind: RunKind,
@@ -81,6 +86,10 @@ def _accept(
 ) -> NewRun | None:
     """Commit the run that a message asks for; return none when it ended before it began."""
     run_id, celery_id = run_id_of(str(request.id))
+    if _number(request) is not None and not services().ledger.runs.exists(run_id):
+        # Whoever sends a wake-up has committed its run: to accept it here would do the work twice, out of two catalogs.
+        _log.warning(Event.WAKE_UP_FOREIGN, run_id=str(run_id))
+        return None
     traceparent = traceparent_of(run_id, request.get("traceparent"))
     ledger = services().ledger
     try:

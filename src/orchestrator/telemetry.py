@@ -64,6 +64,8 @@ class Event(StrEnum):
     """A queue or exchange exists otherwise than plain clients declare it, or may not be declared: what, error."""
     WAKE_UP_FAILED = "wake_up.failed"
     """A wake-up could not be enqueued; the pulse will: code, error."""
+    WAKE_UP_FOREIGN = "wake_up.foreign"
+    """A wake-up for a run that this ledger does not have was dropped: another deployment uses our vhost."""
     PULSE_WOKE = "pulse.woke"
     """The pulse enqueued wake-ups: count."""
     PULSE_FAILED = "pulse.failed"
@@ -92,6 +94,8 @@ class Event(StrEnum):
     """A worker's connection to the broker stalled in the middle of a frame and is broken, to make a new one: error."""
     DATABASE_WAITING = "database.waiting"
     """A process waits for the database or its migration: error."""
+    DATABASE_BUSY = "database.busy"
+    """PostgreSQL has been at one statement for seconds and says that it still is: seconds, wait_event."""
     DATABASE_READY = "database.ready"
     """The wait is over."""
 

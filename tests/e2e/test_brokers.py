@@ -8,7 +8,7 @@ from uuid import uuid4
 import amqp
 import pytest
 
-from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE
+from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, WAKE_NUMBER
 from tests.support.operators import command
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
@@ -140,3 +140,15 @@ def test_remote_control_cannot_lose_a_run_and_shows_what_is_consumed(stack: Stac
     controlled(stack, "cancel_consumer", ANALYSIS_QUEUE)
     eventually(lambda: command(stack, "ready").code == 1, within=20, what="without queues it is not ready", every=1)
     assert worker.running
+
+
+def test_a_wake_up_of_another_deployments_is_not_executed_here(stack: Stack) -> None:
+    worker = stack.worker()
+
+    foreign = stack.crawl(1, headers={WAKE_NUMBER: 1})
+    ours = stack.crawl(1)
+
+    stack.await_run(ours, "succeeded")
+    worker.await_line("wake_up.foreign", within=20)
+    assert stack.run(foreign) is None
+    stack.assert_exactly_once_in_effect(ours, [1, 2, 3])

@@ -218,6 +218,7 @@ def soak(stack: Stack, postgres: PostgresServer, rabbitmq: RabbitMQServer, rando
     kinds, befallen = in_turn(list(befalls), random), Counter[str]()
     crawls.append(stack.crawl(1))
     stack.await_run(crawls[0])
+    rabbitmq.settle()
     before = gauges.connections()
 
     ends_at = time.monotonic() + SECONDS

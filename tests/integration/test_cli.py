@@ -128,6 +128,25 @@ def test_version_and_help(bare: Shell) -> None:
     assert "orchestrator run 7 --wait" in bare.succeed("run", "--help").out
 
 
+@pytest.mark.parametrize(
+    ("redirection", "code", "complaint"),
+    [
+        (">/dev/full", 1, "orchestrator: the output cannot be read or written: No space left on device\n"),
+        (">&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(
+    bare: Shell, redirection: str, code: int, complaint: str
+) -> None:
+    script = f'exec "$0" -m orchestrator schedule preview daily {redirection}'
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable], env=bare.environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (code, complaint)
+
+
 def test_what_few_commands_need_delays_no_other() -> None:
     """Alembic, and the part of SQLAlchemy that maps objects, would be a third of a command's start."""
     probe = "import sys, orchestrator.__main__; print(sys.modules.keys() & {'alembic', 'sqlalchemy.orm'})"

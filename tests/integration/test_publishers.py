@@ -553,6 +553,7 @@ class TestBrokerInTrouble:
 
     def test_kill_and_restart(self, fragile: Rabbit, fragile_server: RabbitMQServer) -> None:
         with publishing_on(fragile) as flow:
+            fragile_server.settle()
             fragile_server.kill()
             flow.await_error(BrokerUnreachableError)
             assert isinstance(fragile.publish(flow.publisher, batch_of(1)).error, BrokerUnreachableError)

@@ -50,6 +50,7 @@ def test_a_broker_is_killed_paused_and_stopped_and_listens_on_loopback_only() ->
         addresses = {line.split()[1].split(":")[0] for line in _listeners(broker)}
         assert addresses == {"0100007F"}
 
+        broker.settle()
         broker.kill()
         broker.start()
         _declare(broker, vhost, passive=True)

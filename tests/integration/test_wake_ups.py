@@ -207,6 +207,7 @@ def test_a_broker_that_stops_answering_is_given_up_on(fragile: Broker, fragile_s
 
 def test_a_killed_broker_is_unreachable_until_it_is_back(fragile: Broker, fragile_server: RabbitMQServer) -> None:
     fragile.sender.wake(wake_ups(10))
+    fragile_server.settle()
     fragile_server.kill()
     for _ in range(2):
         with pytest.raises(BrokerUnreachableError):

@@ -46,6 +46,8 @@ class Scene:
         add_tasks(stack, sources)
         self.stack = stack
         self.broker = stack.broker
+        # As by an Extractor that was there first; else the first run would declare it, and a fault may come next.
+        stack.declare_extraction_queue()
         self.workers = [stack.worker() for _ in range(workers)]
         self.oracle = Oracle(stack)
         self.traffic = Traffic(stack, workers=workers)
@@ -132,6 +134,7 @@ class Scenes(Generic[AnyScene]):
         """Return a scene that is whole; :meth:`Scene.conclude` says that it still is."""
         if not self._made or not self._made[-1].whole:
             self._made.append(self._make(self._prepared()))
+            self._servers[1].settle()
         scene = self._made[-1]
         scene.whole = False
         return scene

@@ -192,6 +192,12 @@ class Stack:
 
     # --- The wire -------------------------------------------------------------------------------------------
 
+    def declare_extraction_queue(self) -> None:
+        """Declare ``extraction_queue`` in RabbitMQ as an Extractor would that is there first."""
+        assert self.broker is not None
+        with amqp_connection(self.broker) as connection:
+            connection.channel().queue_declare(QUEUE, durable=True, auto_delete=False)
+
     def extractions(self) -> list[Extraction]:
         """Return every message in ``extraction_queue``, in order. RabbitMQ's are consumed by this."""
         return self._from_postgres() if self.broker is None else drain(self.broker, QUEUE)

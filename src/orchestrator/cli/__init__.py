@@ -7,7 +7,9 @@ they say in which time zone they are.
 ``processes``, ``runs`` and ``schedules`` have the commands, ``session`` what these share, ``output`` how things look.
 """
 
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
 import typer
@@ -41,14 +43,23 @@ _USAGE_ERRORS: Final = (ConfigurationError, InvalidArgumentsError, UnreadableSch
 
 def main() -> None:
     """Run the command line and exit."""
+    # A shell may have closed them.
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115 -- to the end
     try:
-        app(prog_name="orchestrator")
+        try:
+            app(prog_name="orchestrator")
+        finally:
+            sys.stdout.flush()
     except OrchestratorError as error:
         _fail(str(error), USAGE if isinstance(error, _USAGE_ERRORS) else FAILED)
     except DBAPIError as error:
         # The server's sentence only: the driver's own quotes the address, and that holds the password.
         complaint = getattr(getattr(error.orig, "diag", None), "message_primary", None)
         _fail(f"PostgreSQL: {complaint or type(error.orig).__name__}; `orchestrator doctor` says what to do", FAILED)
+    except OSError as error:
+        # What is left to be written would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f"{error.filename or 'the output'} cannot be read or written: {error.strerror or error}", FAILED)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -88,5 +89,6 @@ def printable(text: str) -> str:
 
 def say(sentence: str) -> None:
     """Tell people something beside the result."""
-    sys.stderr.write(f"{printable(sentence)}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk behind it is no reason to stop
+        sys.stderr.write(f"{printable(sentence)}\n")
+        sys.stderr.flush()

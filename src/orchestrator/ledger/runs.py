@@ -86,6 +86,11 @@ class RunLedger:
                 )
         return [created for _, created, _ in accepted]
 
+    def exists(self, run_id: UUID) -> bool:
+        """Tell whether this ledger has a run."""
+        with self._database.transaction() as connection:
+            return bool(connection.scalar(select(exists().where(runs.c.id == run_id))))
+
     def record_ended(self, values: dict[str, object], state: RunState, code: str, message: str) -> None:
         """Commit a run that ended before it began: wrong arguments, or expired on the way.
 
