@@ -5,6 +5,9 @@ ARGS =
 # How many test processes run side by side, each with servers of its own; most of the time they wait.
 PROCESSES = 4
 
+# Images set it to stay small; here each of the tests' hundreds of processes would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN = .venv/bin
 UV = $(BIN)/uv
 

@@ -179,7 +179,7 @@ class Beats:
         """Catch one of them in the middle of a claim, its schedules locked; in the block it can get no further."""
         with psycopg.connect(self.stack.database) as trap:
             trap.execute("LOCK TABLE orchestrator.firings IN SHARE MODE")
-            caught = eventually(self._waiting_for_a_lock, within=8, what="a beat claims, and waits for our lock")
+            caught = eventually(self._waiting_for_a_lock, within=20, what="a beat claims, and waits for our lock")
             assert caught is not None
             yield caught
 
