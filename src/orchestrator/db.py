@@ -7,7 +7,7 @@ locks free themselves after ``idle_in_transaction_session_timeout``, or in the m
 
 import select
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import monotonic
 from typing import Any, Final, TypeVar
 
@@ -72,8 +72,11 @@ class Database:
         self._engine = self._create_engine()
 
     @contextmanager
-    def transaction(self) -> Iterator[Connection]:
+    def transaction(self, within: Connection | None = None) -> Iterator[Connection]:
         """Open a transaction; commit at the end of the block, roll back on an exception.
+
+        Args:
+            within: a transaction of the caller's to take part in instead; the caller commits it.
 
         Raises:
             DatabaseUnavailableError: the server cannot be reached or cannot serve right now. The commit may
@@ -81,7 +84,7 @@ class Database:
             NotMigratedError: a table of the ledger is missing or older than this code.
             DatabaseRightsError: our role may not do what it has to.
         """
-        with translated_errors(), self._engine.begin() as connection:
+        with translated_errors(), nullcontext(within) if within is not None else self._engine.begin() as connection:
             yield connection
 
     def close(self) -> None:

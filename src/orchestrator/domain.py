@@ -79,6 +79,7 @@ class Trigger(StrEnum):
 
     CELERY = "celery"
     CLI = "cli"
+    API = "api"
     SCHEDULE = "schedule"
     BACKFILL = "backfill"
 
@@ -106,6 +107,33 @@ class MisfirePolicy(StrEnum):
     """None."""
     ALL = "all"
     """All within the catch-up window."""
+
+
+class Role(StrEnum):
+    """What an API key may do; each role may do what those before it may."""
+
+    VIEWER = "viewer"
+    """Read."""
+    OPERATOR = "operator"
+    """Trigger, retry, cancel, pause, resume, backfill."""
+    ADMIN = "admin"
+    """Read the audit log."""
+
+    def covers(self, wanted: "Role") -> bool:
+        """Tell whether this role may do what another one may."""
+        ranks = list(Role)
+        return ranks.index(self) >= ranks.index(wanted)
+
+
+class OnConflict(StrEnum):
+    """What becomes of a wish to run a crawl task of which a run is unfinished."""
+
+    ALLOW = "allow"
+    """Another run starts."""
+    REJECT = "reject"
+    """It is refused."""
+    RETURN_EXISTING = "return_existing"
+    """The unfinished run is the answer; none starts."""
 
 
 class OverlapPolicy(StrEnum):

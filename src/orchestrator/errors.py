@@ -10,7 +10,15 @@
     │   ├── UnreadableScheduleError       a schedule or a time zone that cannot be read
     │   ├── RunNotFoundError              no such run in the ledger
     │   ├── ScheduleNotFoundError         no beat has noticed such a crawl task
-    │   └── IllegalTransitionError        the run's state does not allow it
+    │   ├── IllegalTransitionError        the run's state does not allow it
+    │   ├── RunInProgressError            a run of the crawl task is unfinished, and no second one is wanted
+    │   ├── RequestReusedError            the idempotency key came with another request before
+    │   ├── RequestInProgressError        the request with the same idempotency key is being answered
+    │   ├── InvalidCursorError            a cursor that is none of ours, or of another list
+    │   ├── UnauthenticatedError          no API key, or none that is valid
+    │   ├── TooManyFailuresError          too many API keys that are none, from one address
+    │   ├── ForbiddenError                the API key's role may not do that
+    │   └── KeyNotFoundError              no such API key
     └── TransientError                wait and try again; nothing is lost meanwhile
         ├── DatabaseUnavailableError      PostgreSQL is down, restarting or not migrated yet
         ├── DatabaseRightsError           our role lacks a right on our own tables
@@ -26,7 +34,9 @@
 returned by the API. ``retryable`` tells whether waiting can help; no caller looks at messages.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
+from uuid import UUID
 
 
 class OrchestratorError(Exception):
@@ -96,9 +106,85 @@ class ScheduleNotFoundError(RefusedError):
 
 
 class IllegalTransitionError(RefusedError):
-    """The run's present state does not allow what was asked."""
+    """The present state of a run or a schedule does not allow what was asked.
+
+    Args:
+        sentence: which state it is, and what is allowed.
+        allowed: the actions that are allowed, as the API calls them.
+    """
 
     code = "illegal_transition"
+
+    def __init__(self, sentence: str, allowed: Sequence[str] = ()) -> None:
+        super().__init__(sentence)
+        self.allowed = tuple(allowed)
+
+
+class RunInProgressError(RefusedError):
+    """A run of the crawl task is unfinished, and its caller wants no second one.
+
+    Args:
+        task_id: the crawl task.
+        run_id: the unfinished run.
+    """
+
+    code = "run_in_progress"
+
+    def __init__(self, task_id: int, run_id: UUID) -> None:
+        super().__init__(f"run {run_id} of crawl task {task_id} is not over; on_conflict=allow starts another")
+        self.run_id = run_id
+
+
+class RequestReusedError(RefusedError):
+    """The idempotency key came with another request before."""
+
+    code = "idempotency_key_reused"
+
+
+class RequestInProgressError(RefusedError):
+    """The request with the same idempotency key is being answered; ask again in a moment."""
+
+    code = "request_in_progress"
+    retryable = True
+
+
+class InvalidCursorError(RefusedError):
+    """A cursor that is none of ours, or belongs to a list with other filters."""
+
+    code = "invalid_cursor"
+
+
+class UnauthenticatedError(RefusedError):
+    """There is no API key, or it is unknown, expired or revoked; which of these is not told."""
+
+    code = "unauthenticated"
+
+
+class TooManyFailuresError(RefusedError):
+    """Too many requests from one address had an API key that is none.
+
+    Args:
+        seconds: when to try again.
+    """
+
+    code = "too_many_authentication_failures"
+    retryable = True
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"too many API keys that are not valid came from this address; wait {seconds:.0f} s")
+        self.seconds = seconds
+
+
+class ForbiddenError(RefusedError):
+    """The role of the API key does not allow it."""
+
+    code = "forbidden"
+
+
+class KeyNotFoundError(RefusedError):
+    """There is no such API key."""
+
+    code = "key_not_found"
 
 
 class TransientError(OrchestratorError):

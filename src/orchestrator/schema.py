@@ -17,6 +17,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     Table,
@@ -180,6 +181,37 @@ audit_events: Final = Table(
     Column("after", JSONB),
     Index("audit_events_run_id_idx", "run_id"),
     Index("audit_events_task_id_idx", "task_id", postgresql_where=text("task_id IS NOT NULL")),
+)
+
+# The key itself is shown once and kept nowhere; a digest of 256 random bits needs neither salt nor stretching.
+api_keys: Final = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True, comment="the public part of the key, by which people call it"),
+    Column("name", Text, nullable=False, comment="whose it is"),
+    Column("role", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False, comment="SHA-256 of the whole key"),
+    _moment("created_at", required=True),
+    Column("created_by", Text, nullable=False),
+    _moment("expires_at"),
+    _moment("revoked_at"),
+    _moment("used_at", comment="last use, to a minute"),
+    CheckConstraint("role IN ('viewer', 'operator', 'admin')", name="role"),
+    CheckConstraint("octet_length(digest) = 32", name="digest"),
+)
+
+# What was answered to a request with an idempotency key, written in the transaction of its effect.
+api_requests: Final = Table(
+    "api_requests",
+    metadata,
+    Column("actor", Text, primary_key=True, comment="keys of different callers do not meet"),
+    Column("key", Text, primary_key=True, comment="the header Idempotency-Key"),
+    Column("fingerprint", LargeBinary, nullable=False, comment="SHA-256 of method, path and body"),
+    Column("status", SmallInteger, nullable=False),
+    Column("body", JSONB, nullable=False),
+    Column("location", Text),
+    _moment("created_at", required=True),
+    Index("api_requests_created_at_idx", "created_at"),
 )
 
 nodes: Final = Table(

@@ -17,7 +17,16 @@ from zoneinfo import ZoneInfo
 import psycopg
 from kombu.utils.url import url_to_parts
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -166,6 +175,47 @@ class SchedulerSettings(_Section):
     )
 
 
+class ApiSettings(_Section):
+    """The HTTP API."""
+
+    host: str = Field("127.0.0.1", min_length=1, max_length=255, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0: any that is free")
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        max_length=50,
+        description='JSON list of origins whose pages may call the API; default: none, "*" is refused',
+    )
+    window: float = Field(
+        604_800.0, gt=0, le=315_360_000, allow_inf_nan=False, description="lists that name no time show so many seconds"
+    )
+    max_body: int = Field(1_048_576, ge=1_024, le=67_108_864, description="largest request body in bytes")
+    open_metrics: bool = Field(
+        default=False, description="whether /metrics is for everybody; else it wants a viewer's key"
+    )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            parts = urlsplit(origin)
+            if (
+                parts.scheme not in {"http", "https"}
+                or not parts.netloc
+                or origin != f"{parts.scheme}://{parts.netloc}"
+            ):
+                raise ValueError(f"{origin[:50]!r} is no origin such as 'https://console.example'")
+        return origins
+
+
+class RetentionSettings(_Section):
+    """How long history is kept."""
+
+    days: float | None = Field(
+        None, gt=0, le=36_500, allow_inf_nan=False, description="days after which what is over is deleted; unset: never"
+    )
+    batch: int = Field(5_000, ge=1, le=100_000, description="rows deleted in one transaction")
+
+
 class LogSettings(_Section):
     """What is logged, and how."""
 
@@ -221,6 +271,8 @@ class Settings(BaseSettings):
     catalog: CatalogSettings = CatalogSettings()
     dispatch: DispatchSettings = DispatchSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    api: ApiSettings = ApiSettings()
+    retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")

@@ -501,7 +501,7 @@ def test_cancel_and_retry_say_what_is_allowed(shell: Shell) -> None:
     assert "is canceled: crawl task 1" in shell.succeed("cancel", run_id[:8], "--reason", "wrong task").out
     late = shell("cancel", run_id)
     assert late.code == 1
-    assert "allowed: run again" in late.err
+    assert "allowed: retry" in late.err
     shown = shell.succeed("show", run_id, "--json").document
     assert shown["waits_for"] == "nothing: it is over"
     assert "wrong task" in shown["run"]["error_message"]

@@ -318,12 +318,12 @@ class StagedDatabase(Database):
         self._troupe = troupe
 
     @contextmanager
-    def transaction(self) -> Iterator[Connection]:
+    def transaction(self, within: Connection | None = None) -> Iterator[Connection]:
         """See :class:`Database`; stops before it begins, and ends as the test says."""
         process = self._troupe.running
         process.reach("transaction")
         try:
-            with super().transaction() as connection:
+            with super().transaction(within) as connection:
                 yield connection
                 process.about_to_commit()
         except BaseException as error:

@@ -223,7 +223,9 @@ def _slots(ours: Services, view: ScheduleView, since: str, until: str) -> list[d
     """
     if view.canonical is None:
         why_not = f"cannot be read: {view.problem}" if view.problem else "has no text"
-        raise IllegalTransitionError(f"the schedule of crawl task {view.task_id} {why_not}; allowed: trigger")
+        raise IllegalTransitionError(
+            f"the schedule of crawl task {view.task_id} {why_not}; allowed: trigger", ["trigger"]
+        )
     read = _reader(ours, view.task_id)
     first, last = read(since), read(until)
     if last < first:

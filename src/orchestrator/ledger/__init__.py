@@ -19,6 +19,8 @@ One module a story; no story knows another:
 - ``analyses``: the calls of site analyses, and the wait for a free one.
 - ``schedules``: readings of the application's schedules, pauses, and the firing of each slot.
 - ``nodes``: signs of life.
+- ``keys``: who may use the HTTP API.
+- ``requests``: answers that are kept, so that a request may be repeated.
 - ``transitions``: the steps of a transaction that several of them share.
 """
 
@@ -26,7 +28,9 @@ from orchestrator.catalog import Catalog
 from orchestrator.db import Database
 from orchestrator.ledger.analyses import AnalysisLedger
 from orchestrator.ledger.crawls import CrawlLedger
+from orchestrator.ledger.keys import KeyLedger
 from orchestrator.ledger.nodes import NodeLedger
+from orchestrator.ledger.requests import RequestLedger
 from orchestrator.ledger.runs import RunLedger
 from orchestrator.ledger.schedules import Clock, ScheduleLedger, database_clock
 
@@ -48,6 +52,8 @@ class Ledger:
         analyses: what only site analyses do.
         schedules: crawl tasks' schedules and their slots.
         nodes: workers and beats.
+        keys: API keys.
+        requests: what was answered to requests that may be repeated.
     """
 
     def __init__(self, database: Database, catalog: Catalog, clock: Clock = database_clock) -> None:
@@ -56,3 +62,5 @@ class Ledger:
         self.analyses = AnalysisLedger(database)
         self.schedules = ScheduleLedger(database, catalog, clock)
         self.nodes = NodeLedger(database)
+        self.keys = KeyLedger(database)
+        self.requests = RequestLedger(database)

@@ -72,9 +72,11 @@ class RunLedger:
         """
         return self.accept_all([new], delivered=delivered)[0]
 
-    def accept_all(self, news: Sequence[NewRun], *, delivered: bool = False) -> list[bool]:
+    def accept_all(
+        self, news: Sequence[NewRun], *, delivered: bool = False, within: Connection | None = None
+    ) -> list[bool]:
         """Commit runs, all or none; return of each whether it is new. See :meth:`accept`."""
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             accepted = [(new, *_accept(connection, new, delivered=delivered)) for new in news]
         for new, created, kept in accepted:
             run_id = str(new.run_id)
@@ -141,14 +143,20 @@ class RunLedger:
             connection.execute(update(runs).where(runs.c.id == run_id, runs.c.state.in_(UNFINISHED)).values(values))
             return connection.scalar(select(exists().where(runs.c.id == run_id))) is True
 
-    def cancel(self, run_id: UUID, *, actor: str, reason: str | None = None) -> None:
+    def cancel(self, run_id: UUID, *, actor: str, reason: str | None = None, within: Connection | None = None) -> None:
         """Cancel an unfinished run; its pending rows that nobody is publishing become skipped at once.
+
+        Args:
+            run_id: the run.
+            actor: who asks.
+            reason: why.
+            within: a transaction of the caller's; the rows are then left to the pulse, for they may be many.
 
         Raises:
             RunNotFoundError: there is no such run.
             IllegalTransitionError: it is over.
         """
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             before = run_row(connection, run_id, lock=True)
             message = f"canceled by {actor}" + (f": {reason}" if reason else "")
             run = end(connection, run_id, RunState.CANCELED, "canceled", message, wake_at=clock)
@@ -157,7 +165,7 @@ class RunLedger:
             _audit(connection, actor, "cancel", before, RunState.CANCELED, reason)
         # In short transactions: workers in mid-batch wait for the run's row, with confirmed messages in hand.
         skipped = 0
-        while count := self._skip_some(run_id):
+        while within is None and (count := self._skip_some(run_id)):
             skipped += count
         _log.info(Event.RUN_CANCELED, run_id=str(run_id), actor=actor, skipped=skipped)
 
@@ -165,14 +173,16 @@ class RunLedger:
         with self._database.transaction() as connection:
             return _skip_pending(connection, run_id)
 
-    def revive(self, run_id: UUID, *, actor: str, reason: str | None = None) -> WakeUp:
+    def revive(
+        self, run_id: UUID, *, actor: str, reason: str | None = None, within: Connection | None = None
+    ) -> WakeUp:
         """Put a failed run back in the queue: same run, plan and message ids; attempt numbers go on.
 
         Raises:
             RunNotFoundError: there is no such run.
             IllegalTransitionError: it did not fail.
         """
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             before = run_row(connection, run_id, lock=True)
             arguments = arguments_of(before)
             if arguments is None:

@@ -408,14 +408,14 @@ class ScheduleLedger:
 
     # --- Control -------------------------------------------------------------------------------------------
 
-    def pause(self, task_id: int, *, actor: str, reason: str | None = None) -> None:
+    def pause(self, task_id: int, *, actor: str, reason: str | None = None, within: Connection | None = None) -> None:
         """Have every slot skipped, and recorded so, until :meth:`resume`; a run that exists goes on.
 
         Raises:
             ScheduleNotFoundError: no such crawl task has been noticed.
             IllegalTransitionError: it is paused.
         """
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             _require(connection, task_id)
             values = {"paused_at": self._clock(connection), "actor": actor, "reason": reason, "resumed_at": None}
             statement = (
@@ -427,18 +427,20 @@ class ScheduleLedger:
                 .returning(pauses.c.task_id)
             )
             if connection.scalar(statement) is None:
-                raise IllegalTransitionError(f"the schedule of crawl task {task_id} is paused; allowed: resume")
+                raise IllegalTransitionError(
+                    f"the schedule of crawl task {task_id} is paused; allowed: resume", ["resume"]
+                )
             _audit(connection, actor, "pause", task_id, reason)
         _log.info(Event.SCHEDULE_PAUSED, task_id=task_id, actor=actor)
 
-    def resume(self, task_id: int, *, actor: str, reason: str | None = None) -> None:
+    def resume(self, task_id: int, *, actor: str, reason: str | None = None, within: Connection | None = None) -> None:
         """Have slots fire again from now on; those before stay skipped, even if nobody has claimed them yet.
 
         Raises:
             ScheduleNotFoundError: no such crawl task has been noticed.
             IllegalTransitionError: it is not paused.
         """
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             statement = (
                 update(pauses)
                 .where(pauses.c.task_id == task_id, pauses.c.resumed_at.is_(None))
@@ -447,11 +449,21 @@ class ScheduleLedger:
             )
             if connection.scalar(statement) is None:
                 _require(connection, task_id)
-                raise IllegalTransitionError(f"the schedule of crawl task {task_id} is not paused; allowed: pause")
+                raise IllegalTransitionError(
+                    f"the schedule of crawl task {task_id} is not paused; allowed: pause", ["pause"]
+                )
             _audit(connection, actor, "resume", task_id, reason)
         _log.info(Event.SCHEDULE_RESUMED, task_id=task_id, actor=actor)
 
-    def backfill(self, task_id: int, slots: Sequence[datetime], *, actor: str, reason: str | None = None) -> Unsent:
+    def backfill(
+        self,
+        task_id: int,
+        slots: Sequence[datetime],
+        *,
+        actor: str,
+        reason: str | None = None,
+        within: Connection | None = None,
+    ) -> Unsent:
         """Start a run for each slot that has none.
 
         Missed and skipped slots become started ones; one that was started stays as it is.
@@ -461,12 +473,13 @@ class ScheduleLedger:
             slots: moments in the past, whole seconds.
             actor: who asks.
             reason: why.
+            within: a transaction of the caller's to take part in.
 
         Raises:
             ScheduleNotFoundError: no such crawl task has been noticed.
         """
         wanted = [Firing(task_id, slot, FiringOutcome.STARTED, FiringReason.BACKFILL) for slot in dict.fromkeys(slots)]
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             _require(connection, task_id)
             now = self._clock(connection)
             # A range that begins with one of the slots goes on after it.

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, case, exists, func, inser
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from orchestrator.domain import (
+    TERMINAL,
     UNFINISHED,
     AnalysisArguments,
     Arguments,
@@ -217,10 +218,9 @@ def announce(run: Row[Any] | None) -> None:
 
 def illegal(run: Row[Any], wanted: str) -> IllegalTransitionError:
     """Return the error that says what a run cannot be, and what can be done instead."""
-    allowed = {RunState.FAILED: "retry", RunState.SUCCEEDED: "run again", RunState.CANCELED: "run again"}
-    return IllegalTransitionError(
-        f"run {run.id} is {run.state}: it cannot be {wanted}; allowed: {allowed.get(RunState(run.state), 'cancel')}"
-    )
+    # A retry of what is over for good is a new run.
+    allowed = "retry" if RunState(run.state) in TERMINAL else "cancel"
+    return IllegalTransitionError(f"run {run.id} is {run.state}: it cannot be {wanted}; allowed: {allowed}", [allowed])
 
 
 def backoff(longest: float) -> ColumnElement[Any]:
