@@ -6,20 +6,22 @@ One set of services a process, made on first use. A forked child makes its own: 
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Final
+
+from pydantic import SecretStr
 
 from orchestrator import migrations
 from orchestrator.analysis import Caps, SiteAnalyser
 from orchestrator.catalog import Catalog
-from orchestrator.celery_app import Sender, conninfo
+from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, Sender, conninfo
 from orchestrator.db import Database
 from orchestrator.discovery import DiscoveryClient, RetryPolicy
 from orchestrator.dispatch import FanOut
-from orchestrator.domain import Health, MisfirePolicy, Node, OverlapPolicy
+from orchestrator.domain import Health, MisfirePolicy, Node, OverlapPolicy, QueueStanding
 from orchestrator.embedded import EmbeddedPostgres, ServerConfig
 from orchestrator.errors import TransientError
 from orchestrator.firing import FiringEngine
@@ -27,9 +29,10 @@ from orchestrator.health import Attendance, BrokerWatch
 from orchestrator.insights import Insights
 from orchestrator.ledger import Ledger
 from orchestrator.pulse import Pulse
-from orchestrator.queues import PerThread, Publisher
+from orchestrator.queues import PerThread, Publisher, Survey, postgres
 from orchestrator.queues.postgres import PostgresPublisher
 from orchestrator.queues.rabbitmq import RabbitMQPublisher
+from orchestrator.rabbitmq import survey
 from orchestrator.settings import SchedulerSettings, Settings, current
 from orchestrator.telemetry import Event, logger
 from orchestrator.timetable import Timetable
@@ -49,6 +52,7 @@ class Services:
     timetable: Timetable
     publisher: Publisher
     sender: Sender
+    queues: Survey
     fan_out: FanOut
     analyser: SiteAnalyser
 
@@ -145,6 +149,7 @@ def services() -> Services:
         timetable=_timetable(settings.scheduler),
         publisher=publisher,
         sender=_links.sender(),
+        queues=Survey(partial(_survey, settings, database)),
         fan_out=FanOut(
             ledger,
             catalog,
@@ -162,6 +167,17 @@ def services() -> Services:
             stopping=stopping,
         ),
     )
+
+
+def _survey(settings: Settings, database: Database) -> list[QueueStanding]:
+    def ask(transport: str, url: SecretStr, names: Sequence[str]) -> list[QueueStanding]:
+        return postgres.survey(database.transaction, names) if transport == "pgmq" else survey(url, names)
+
+    extraction = settings.extraction_url or settings.broker_url
+    return [
+        *ask(settings.broker_transport, settings.broker_url, [ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE]),
+        *ask(settings.extraction_transport, extraction, [settings.extraction_queue]),
+    ]
 
 
 def _broker_watch() -> BrokerWatch:

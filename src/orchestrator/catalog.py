@@ -5,7 +5,7 @@ same number of queries for one data source as for a million, and compares schedu
 of runs, nor of what a schedule's text means.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -27,6 +27,7 @@ from sqlalchemy import (
     case,
     cast,
     column,
+    exists,
     func,
     literal,
     literal_column,
@@ -82,6 +83,23 @@ class ScheduleSource:
 
     rows: Subquery
     has_updated_at: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSample:
+    """What a run of a crawl task would do, in numbers and by example.
+
+    Attributes:
+        total: distinct data sources.
+        dispatched: of these, how many have an active config.
+        dispatches: the first ones, with their configs.
+        skips: the first ones that have none.
+    """
+
+    total: int
+    dispatched: int
+    dispatches: Sequence[tuple[int, int]]
+    skips: Sequence[int]
 
 
 class Catalog:
@@ -178,6 +196,43 @@ class Catalog:
         )
         found = select(func.count() > 0).select_from(task).scalar_subquery()
         return Plan(rows, found, bad, examples)
+
+    def require(self, connection: Connection, task_id: int) -> None:
+        """Make sure that there is a crawl task.
+
+        Raises:
+            CrawlTaskNotFoundError: there is none.
+            CatalogMismatchError: the table does not fit the mapping.
+        """
+        names = self._tasks
+        tasks = _table(names.schema_name, names.table, names.id)
+        with mismatch_explained():
+            found = connection.scalar(select(exists().where(tasks.c[names.id] == task_id)))
+        if not found:
+            raise CrawlTaskNotFoundError(f"there is no crawl task {task_id}")
+
+    def sample_plan(self, connection: Connection, task_id: int, limit: int) -> PlanSample:
+        """Return how many data sources a run would dispatch and skip, as it would plan it now, and the first ones.
+
+        Raises:
+            CrawlTaskNotFoundError: there is no such crawl task.
+            InvalidDataSourceIdsError: an element of its list is no positive integer.
+            CatalogMismatchError: the tables do not fit the mapping.
+        """
+        plan = self.plan(task_id)
+        with mismatch_explained():
+            refuse_unplannable(task_id, *connection.execute(select(plan.found, plan.bad, plan.examples)).one())
+            rows = plan.rows.subquery(_part("planned"))
+            source, config = rows.c.data_source_id, rows.c.crawl_config_id
+            total, dispatched = connection.execute(select(func.count(), func.count(config)).select_from(rows)).one()
+            sent = select(source, config).where(config.is_not(None)).order_by(source).limit(limit)
+            skipped = select(source).where(config.is_(None)).order_by(source).limit(limit)
+            return PlanSample(
+                total,
+                dispatched,
+                [(row[0], row[1]) for row in connection.execute(sent)],
+                list(connection.scalars(skipped)),
+            )
 
     def read_plan(self, connection: Connection, task_id: int) -> list[tuple[int, int | None]]:
         """Return (data source id, crawl config id or none) of each data source, as a run would plan it now.

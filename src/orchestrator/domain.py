@@ -437,6 +437,23 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueStanding:
+    """How a queue stands, as whoever carries it says.
+
+    Attributes:
+        name: the queue.
+        messages: that wait in it; none: it is not there, or cannot be asked.
+        consumers: that take them; none: not known, as where PostgreSQL carries it.
+        problem: why it is not there, or cannot be asked.
+    """
+
+    name: str
+    messages: int | None = None
+    consumers: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduleRow:
     """What the application's row of a crawl task says of its schedule.
 

@@ -19,8 +19,8 @@ import ssl
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
@@ -38,7 +38,7 @@ from pamqp.frame import FrameTypes, marshal, unmarshal
 from pamqp.header import ContentHeader
 from pydantic import SecretStr
 
-from orchestrator.domain import APP_ID
+from orchestrator.domain import APP_ID, QueueStanding
 from orchestrator.errors import (
     BrokerBlockedError,
     BrokerUnreachableError,
@@ -498,6 +498,36 @@ def _open(address: _Address, set_up: Callable[[pyamqp.Connection], object], pati
     connection = _connection(address, patience)
     with _broken_after(patience.open, connection):
         return _opened(connection, address, set_up, patience)
+
+
+def survey(url: SecretStr, names: Sequence[str], patience: Patience = Patience()) -> list[QueueStanding]:
+    """Ask a broker how its queues stand, on a connection for the moment; within :attr:`Patience.open`.
+
+    Raises:
+        ConfigurationError: the address cannot be read.
+    """
+    address = _Address.parse(url)
+    connection = _connection(address, patience)
+    try:
+        with _broken_after(patience.open, connection):
+            connection.connect()
+            return [_standing(connection, name) for name in names]
+    except _FOREIGN as error:
+        problem = f"{address} cannot be reached: {_reason(error)}"
+        return [QueueStanding(name, problem=problem) for name in names]
+    finally:
+        with suppress(*_FOREIGN):
+            connection.collect()
+
+
+def _standing(connection: pyamqp.Connection, name: str) -> QueueStanding:
+    try:
+        channel: Any = connection.channel()  # the stubs lack the answer
+        with closing(channel):
+            found = channel.queue_declare(name, passive=True)
+    except ChannelError as error:
+        return QueueStanding(name, problem=_reason(error))
+    return QueueStanding(name, found.message_count, found.consumer_count)
 
 
 def frame_handler(connection: object, callback: Callable[..., object]) -> Callable[[tuple[int, int, bytes]], object]:

@@ -23,17 +23,20 @@ from orchestrator.domain import (
     Reading,
     ScheduleRow,
 )
-from orchestrator.errors import UnreadableScheduleError
+from orchestrator.errors import InvalidArgumentsError, UnreadableScheduleError
 from orchestrator.schedule import Schedule, parse, read_zone
 
 SINGLY: Final = 100
 """Missed slots that do not fire are recorded one by one up to so many a schedule; those before as one range."""
 AT_ONCE: Final = 1_000
 """Slots of one schedule that fire in one claim at most; the rest stays due."""
+LARGEST_BACKFILL: Final = 1_000
+"""Past slots that are made up for at once, at most."""
 
 Settlement = tuple[list[Firing], datetime | None]
 """What to record of a schedule's slots, in the order of time, and the first slot that is left."""
 
+_COUNTED: Final = 10_000  # slots of a range that is too long
 _VERSION: Final = "1"  # of the reading; raised when the same text comes to mean something else
 _REMEMBERED: Final = 100_000
 _TICK: Final = timedelta(microseconds=1)
@@ -97,6 +100,31 @@ class Timetable:
         while slot is not None and slot <= until:
             yield slot
             slot = self.next_after(canonical, zone, slot)
+
+    def past_slots(
+        self, canonical: str, zone: str, first: datetime, last: datetime, *, now: datetime
+    ) -> list[datetime]:
+        """Return the slots from one moment to another, both included, to be made up for.
+
+        Raises:
+            InvalidArgumentsError: there are none, or over :data:`LARGEST_BACKFILL`, or some are to come.
+        """
+        if last < first:
+            raise InvalidArgumentsError("the end lies before the beginning")
+        if last > now:
+            raise InvalidArgumentsError("the end lies in the future: slots that are to come fire by themselves")
+        begin = self.next_after(canonical, zone, first - _TICK)
+        coming = iter(()) if begin is None else self.slots(canonical, zone, begin, last)
+        slots = list(islice(coming, _COUNTED + 1))
+        if not slots:
+            ahead = "" if begin is None else f"; the next one is {begin:%Y-%m-%d %H:%M:%S}Z"
+            raise InvalidArgumentsError(f"“{canonical}” has no slot in that time{ahead}")
+        if len(slots) > LARGEST_BACKFILL:
+            count = f"over {_COUNTED}" if len(slots) > _COUNTED else str(len(slots))
+            raise InvalidArgumentsError(
+                f"that time has {count} slots, and {LARGEST_BACKFILL} at most are made up for at once: narrow it"
+            )
+        return slots
 
     def last_slot(self, canonical: str, zone: str, first: datetime, until: datetime) -> datetime:
         """Return the last of the slots from the first one, which has come, to a moment."""

@@ -470,17 +470,17 @@ def test_a_backfill_that_cannot_be_meant_is_refused(rota: Rota, shell: Shell) ->
     rota.edit(3)
     rota.go()
     for task, first, last, code, complaint in [
-        ("8", "2026-07-01", "2100-01-01", 2, "--to lies in the future"),
-        ("8", "2026-07-02", "2026-07-01", 2, "--to lies before --from"),
+        ("8", "2026-07-01", "2100-01-01", 2, "the end lies in the future"),
+        ("8", "2026-07-02", "2026-07-01", 2, "the end lies before the beginning"),
         (
             "8",
             "2026-07-01 00:01",
             "2026-07-01 00:09",
             2,
-            "has no slot from --from to --to; the next one is 2026-07-01 00:10",
+            "has no slot in that time; the next one is 2026-07-01 00:10",
         ),
-        ("8", "2026-07-01", "2026-07-08", 2, "take in 1009 slots, and one backfill starts 1000 at most: narrow them"),
-        ("8", "2020-07-01", "2026-07-08", 2, "take in over 10000 slots"),
+        ("8", "2026-07-01", "2026-07-08", 2, "has 1009 slots, and 1000 at most are made up for at once: narrow it"),
+        ("8", "2020-07-01", "2026-07-08", 2, "has over 10000 slots"),
         ("3", "2026-07-01", "2026-07-02", 1, "the schedule of crawl task 3 cannot be read: cannot read"),
         ("9", "2026-07-01", "2026-07-02", 1, "the scheduler knows no crawl task 9"),
     ]:

@@ -4,7 +4,8 @@ Results go to standard output; warnings, progress and logs to standard error. Ex
 2 usage or configuration, 130 interrupted. An error of ours is one line, never a traceback. Times are UTC, unless
 they say in which time zone they are.
 
-``processes``, ``runs`` and ``schedules`` have the commands, ``session`` what these share, ``output`` how things look.
+``processes``, ``runs``, ``schedules`` and ``api`` have the commands, ``session`` what these share, ``output`` how
+things look.
 """
 
 import os
@@ -16,7 +17,7 @@ import typer
 from sqlalchemy.exc import DBAPIError
 
 from orchestrator import __version__
-from orchestrator.cli import processes, runs, schedules
+from orchestrator.cli import api, processes, runs, schedules
 from orchestrator.cli.output import say
 from orchestrator.cli.session import FAILED, USAGE
 from orchestrator.errors import (
@@ -35,7 +36,7 @@ app: Final = typer.Typer(
     "[bold]orchestrator up[/] starts a worker and a beat, [bold]orchestrator run 7 --wait[/] runs crawl task 7, "
     "[bold]orchestrator schedules[/] says what fires next.",
 )
-for commands in (processes.app, runs.app, schedules.app):
+for commands in (processes.app, runs.app, schedules.app, api.app):
     app.add_typer(commands)
 
 _USAGE_ERRORS: Final = (ConfigurationError, InvalidArgumentsError, UnreadableScheduleError)

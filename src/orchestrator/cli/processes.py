@@ -132,7 +132,8 @@ def up() -> None:
     try:
         # We outlive both: the embedded server is stopped once, after them.
         bootstrap.home.open()
-        stopped = _Crew({"worker": _celery("worker"), "beat": _celery("beat")}).run()
+        api = [sys.executable, "-m", "orchestrator", "api"]
+        stopped = _Crew({"worker": _celery("worker"), "beat": _celery("beat"), "api": api}).run()
     finally:
         bootstrap.home.close()
     raise typer.Exit(0 if stopped else FAILED)

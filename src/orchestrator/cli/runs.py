@@ -99,9 +99,9 @@ def run_now(task_id: int, run_id: UUID | None = None, *, wait: bool, as_json: bo
         _start(ours, [new], wait=wait, render=_render_run if as_json else None)
 
 
-def _new_run(arguments: Arguments, run_id: UUID | None = None, retry_of: UUID | None = None) -> NewRun:
+def _new_run(arguments: Arguments, run_id: UUID | None = None) -> NewRun:
     run_id = run_id or uuid4()
-    return NewRun(run_id, arguments, Trigger.CLI, traceparent_of(run_id), retry_of=retry_of)
+    return NewRun(run_id, arguments, Trigger.CLI, traceparent_of(run_id))
 
 
 Render = Callable[[Sequence[RunView], bool], None]
@@ -408,19 +408,14 @@ def retry(run_id: RunId, *, reason: Reason = None, as_json: AsJson = False) -> N
     """Put a failed run back in the queue; repeat a succeeded or canceled one as a new run."""
     with session() as ours:
         view = ours.insights.run(_resolve(ours, run_id))
-        arguments = _arguments(view)
-        if view.state in {RunState.SUCCEEDED, RunState.CANCELED} and arguments is not None:
-            new = _new_run(arguments, retry_of=view.id)
-            if not as_json:
-                typer.echo(f"run {view.id} is {view.state}, which is final: the same again is a new run")
-            _start(ours, [new], wait=False, render=_render_run if as_json else None)
-            return
-        wake_up = ours.ledger.runs.revive(view.id, actor=actor(), reason=reason)
+        wake_up = ours.ledger.runs.retry(view.id, Trigger.CLI, actor=actor(), reason=reason)
         enqueued = enqueue(ours, [wake_up])
         if as_json:
-            _render_run([ours.insights.run(view.id)], enqueued)
-        else:
+            _render_run([ours.insights.run(wake_up.run_id)], enqueued)
+        elif wake_up.run_id == view.id:
             typer.echo(f"run {view.id} is back in the queue: {_what(view)}")
+        else:
+            typer.echo(f"run {view.id} is {view.state}, which is final: the same again is run {wake_up.run_id}")
         warn_if_unattended(ours, wake_up.arguments)
 
 

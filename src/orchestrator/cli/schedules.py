@@ -1,7 +1,7 @@
 """Commands about schedules and their slots: schedules, schedule …, firings, why."""
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from typing import Annotated, Final
@@ -17,21 +17,16 @@ from orchestrator.cli.output import print_document, print_table, printable, say,
 from orchestrator.cli.runs import enqueue, run_now, warn_if_unattended
 from orchestrator.cli.session import SHOWN, AsJson, Limit, Reason, Task, TaskId, Wait, actor, session
 from orchestrator.domain import CrawlArguments, FiringOutcome, ScheduleState
-from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, UnreadableScheduleError
+from orchestrator.errors import IllegalTransitionError, UnreadableScheduleError
 from orchestrator.insights import FiringView, ScheduleView
 from orchestrator.schedule import parse, read_zone
 from orchestrator.settings import current
-
-LARGEST_BACKFILL: Final = 1_000
-"""Slots that one backfill starts at most."""
 
 app: Final = typer.Typer()
 schedule: Final = typer.Typer(no_args_is_help=True, help="Try a schedule out; pause, resume, trigger and backfill one.")
 app.add_typer(schedule, name="schedule")
 
-_COUNTED: Final = 10_000  # slots of a range that is too long
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
-_INSTANT: Final = timedelta(microseconds=1)
 
 
 # --- Reading -------------------------------------------------------------------------------------------------------
@@ -227,21 +222,7 @@ def _slots(ours: Services, view: ScheduleView, since: str, until: str) -> list[d
             f"the schedule of crawl task {view.task_id} {why_not}; allowed: trigger", ["trigger"]
         )
     read = _reader(ours, view.task_id)
-    first, last = read(since), read(until)
-    if last < first:
-        raise InvalidArgumentsError("--to lies before --from")
-    if last > ours.insights.now():
-        raise InvalidArgumentsError("--to lies in the future: slots that are to come fire by themselves")
-    begin = ours.timetable.next_after(view.canonical, view.zone, first - _INSTANT)
-    coming = iter(()) if begin is None else ours.timetable.slots(view.canonical, view.zone, begin, last)
-    slots = list(islice(coming, _COUNTED + 1))
-    if not slots:
-        raise InvalidArgumentsError(f"“{view.text}” has no slot from --from to --to; the next one is {stamp(begin)}")
-    if len(slots) > LARGEST_BACKFILL:
-        count = f"over {_COUNTED}" if len(slots) > _COUNTED else str(len(slots))
-        most = f"one backfill starts {LARGEST_BACKFILL} at most"
-        raise InvalidArgumentsError(f"--from and --to take in {count} slots, and {most}: narrow them")
-    return slots
+    return ours.timetable.past_slots(view.canonical, view.zone, read(since), read(until), now=ours.insights.now())
 
 
 def _list(

@@ -4,8 +4,8 @@ Knows that a crawl run has rows to skip and a plan to complete, and nothing of h
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
-from uuid import UUID
+from typing import Any, Final, cast
+from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
 
@@ -15,13 +15,16 @@ from orchestrator.domain import (
     Arguments,
     DispatchState,
     NewRun,
+    OnConflict,
     RunKind,
     RunState,
     SkipReason,
+    Trigger,
     WakeUp,
     storable,
+    traceparent_of,
 )
-from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, OrchestratorError
+from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, OrchestratorError, RunInProgressError
 from orchestrator.ledger.transitions import (
     ENQUEUE_GRACE,
     SILENCE,
@@ -73,11 +76,27 @@ class RunLedger:
         return self.accept_all([new], delivered=delivered)[0]
 
     def accept_all(
-        self, news: Sequence[NewRun], *, delivered: bool = False, within: Connection | None = None
+        self,
+        news: Sequence[NewRun],
+        *,
+        delivered: bool = False,
+        actor: str | None = None,
+        reason: str | None = None,
+        within: Connection | None = None,
     ) -> list[bool]:
-        """Commit runs, all or none; return of each whether it is new. See :meth:`accept`."""
+        """Commit runs, all or none; return of each whether it is new. See :meth:`accept`.
+
+        Args:
+            news: the runs.
+            delivered: see :meth:`accept`.
+            actor: who has to answer for it, if anybody: then it is in the audit log.
+            reason: why.
+            within: a transaction of the caller's to take part in.
+        """
         with self._database.transaction(within) as connection:
             accepted = [(new, *_accept(connection, new, delivered=delivered)) for new in news]
+            if actor is not None:
+                _audit_starts(connection, actor, reason, [new for new, created, _ in accepted if created])
         for new, created, kept in accepted:
             run_id = str(new.run_id)
             if created:
@@ -87,6 +106,42 @@ class RunLedger:
                     Event.RUN_ID_CONFLICT, run_id=run_id, kept=repr(kept)[:200], ignored=repr(new.arguments)[:200]
                 )
         return [created for _, created, _ in accepted]
+
+    def accept_crawl(
+        self,
+        new: NewRun,
+        on_conflict: OnConflict,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        within: Connection | None = None,
+    ) -> UUID:
+        """Commit a crawl run, depending on whether one of its task is unfinished; return the run that there is now.
+
+        Several that come at once take turns. Who does not ask about others, as a schedule that allows overlaps, waits
+        for nobody, and may start a run beside ours.
+
+        Args:
+            new: the run.
+            on_conflict: what to do if another is unfinished.
+            actor: see :meth:`accept_all`.
+            reason: why.
+            within: a transaction of the caller's to take part in.
+
+        Raises:
+            RunInProgressError: another one is unfinished, and that is not wanted.
+        """
+        task_id = cast("int", identity_of(new)["task_id"])
+        with self._database.transaction(within) as connection:
+            if on_conflict is not OnConflict.ALLOW:
+                turn = lock_key(self._database.schema, f"task:{task_id}")
+                connection.execute(select(func.pg_advisory_xact_lock(turn)))
+                if (unfinished := _unfinished_of(connection, task_id)) is not None:
+                    if on_conflict is OnConflict.REJECT:
+                        raise RunInProgressError(task_id, unfinished)
+                    return unfinished
+            self.accept_all([new], actor=actor, reason=reason, within=connection)
+        return new.run_id
 
     def exists(self, run_id: UUID) -> bool:
         """Tell whether this ledger has a run."""
@@ -211,6 +266,33 @@ class RunLedger:
             _audit(connection, actor, "retry", before, RunState.QUEUED, reason)
         _log.info(Event.RUN_REVIVED, run_id=str(run_id), actor=actor)
         return wake_up_of(run)
+
+    def retry(
+        self, run_id: UUID, trigger: Trigger, *, actor: str, reason: str | None = None, within: Connection | None = None
+    ) -> WakeUp:
+        """Put a failed run back in the queue, or repeat a succeeded or canceled one as a new run, ``retry_of`` it.
+
+        Args:
+            run_id: the run.
+            trigger: of the new run.
+            actor: who asks.
+            reason: why.
+            within: a transaction of the caller's to take part in.
+
+        Raises:
+            RunNotFoundError: there is no such run.
+            IllegalTransitionError: it is not over, or has no usable arguments.
+        """
+        with self._database.transaction(within) as connection:
+            before = run_row(connection, run_id, lock=True)
+            arguments = arguments_of(before)
+            if arguments is None or before.state not in {RunState.SUCCEEDED, RunState.CANCELED}:
+                return self.revive(run_id, actor=actor, reason=reason, within=connection)
+            new_id = uuid4()
+            new = NewRun(new_id, arguments, trigger, traceparent_of(new_id), retry_of=run_id)
+            self.accept_all([new], within=connection)
+            _audit(connection, actor, "retry", before, RunState(before.state), reason, new_run=str(new_id))
+            return new.wake_up
 
     def wake_due(self, enqueue: Callable[[Sequence[WakeUp]], None], limit: int) -> int | None:
         """Enqueue a wake-up for each run that is due, oldest first; one process at a time looks for them.
@@ -342,8 +424,36 @@ def _complete_if_done(connection: Connection, run: Row[Any]) -> bool:
     return complete_crawl(connection, run.id) is not None
 
 
+def _unfinished_of(connection: Connection, task_id: int) -> UUID | None:
+    statement = select(runs.c.id).where(runs.c.task_id == task_id, runs.c.finished_at.is_(None))
+    run_id: UUID | None = connection.scalar(statement.order_by(runs.c.created_at).limit(1))
+    return run_id
+
+
+def _audit_starts(connection: Connection, actor: str, reason: str | None, news: Sequence[NewRun]) -> None:
+    rows = [
+        {
+            "actor": actor,
+            "action": "start",
+            "run_id": new.run_id,
+            "task_id": identity_of(new).get("task_id"),
+            "reason": reason,
+            "after": {"state": RunState.QUEUED},
+        }
+        for new in news
+    ]
+    if rows:
+        connection.execute(insert(audit_events), rows)
+
+
 def _audit(
-    connection: Connection, actor: str, action: str, before: Row[Any], after: RunState, reason: str | None
+    connection: Connection,
+    actor: str,
+    action: str,
+    before: Row[Any],
+    after: RunState,
+    reason: str | None,
+    **facts: object,
 ) -> None:
     connection.execute(
         insert(audit_events).values(
@@ -352,7 +462,7 @@ def _audit(
             run_id=before.id,
             reason=reason,
             before={"state": before.state, "error_code": before.error_code},
-            after={"state": after},
+            after={"state": after} | facts,
         )
     )
 

@@ -8,11 +8,12 @@ against both. A publisher knows nothing of runs' states, of the ledger or of ret
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Protocol
 
 from sqlalchemy import Connection
 
-from orchestrator.domain import ExtractionBatch
+from orchestrator.domain import ExtractionBatch, QueueStanding
 from orchestrator.errors import PublishError
 
 
@@ -96,3 +97,35 @@ class PerThread:
             self._local.publisher = self._make()
         publisher: Publisher = self._local.publisher
         return publisher
+
+
+class Survey:
+    """How queues stand, asked of whoever carries them at most once in a while, however many want to know. Thread-safe.
+
+    Args:
+        ask: asks for all of them.
+        lasts: seconds for which an answer is good enough.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[], Sequence[QueueStanding]],
+        *,
+        lasts: float = 3.0,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._ask = ask
+        self._lasts = lasts
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._answer: Sequence[QueueStanding] = ()
+        self._good_until = 0.0
+
+    def standing(self) -> Sequence[QueueStanding]:
+        """Return how they stand."""
+        with self._lock:
+            if self._clock() >= self._good_until:
+                self._answer = self._ask()
+                self._good_until = self._clock() + self._lasts
+            return self._answer

@@ -5,7 +5,8 @@ message is the JSON body, the headers carry what AMQP carries as properties.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
@@ -13,7 +14,7 @@ from psycopg import errors as postgres
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from orchestrator.domain import APP_ID, EXTRACTION_TYPE, ExtractionBatch
+from orchestrator.domain import APP_ID, EXTRACTION_TYPE, ExtractionBatch, QueueStanding
 from orchestrator.errors import QueueMissingError
 from orchestrator.queues import Receipt
 
@@ -116,3 +117,17 @@ class PostgresPublisher:
                     f"queue {self._queue} cannot be used: {error.orig.diag.message_primary}"
                 ) from None
             raise
+
+
+def survey(begin: Callable[[], AbstractContextManager[Connection]], names: Sequence[str]) -> list[QueueStanding]:
+    """Count what waits in PostgreSQL's queues, by the names that Celery knows; who consumes is not known there."""
+    with begin() as connection:
+        return [_standing(connection, name) for name in names]
+
+
+def _standing(connection: Connection, name: str) -> QueueStanding:
+    queue = re.sub(r"\W", "_", name).lower()  # as kombu's transport names it
+    if connection.exec_driver_sql("SELECT to_regclass(%s)", (f'pgmq."q_{queue}"',)).scalar() is None:
+        return QueueStanding(name, problem="there is no such queue")
+    length = connection.exec_driver_sql("SELECT queue_length FROM pgmq.metrics(%s)", (queue,)).scalar()
+    return QueueStanding(name, length)

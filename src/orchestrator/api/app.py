@@ -1,0 +1,129 @@
+"""Puts the application together: routes, problems, limits, headers, and what lives as long as it does."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+
+from orchestrator import __version__
+from orchestrator.api import operations, problems, runs, schedules
+from orchestrator.api.security import FailureLimit
+from orchestrator.api.waker import Waker
+from orchestrator.bootstrap import Services
+
+_DESCRIPTION: Final = (
+    "Triggers site analyses and crawl tasks, and answers what became of them. Every request needs an API key as bearer "
+    "token; problems are RFC 9457 documents with a stable `code`; times are RFC 3339."
+)
+_HEADERS: Final = (
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+_Application = Callable[[_Message, _Receive, _Send], Awaitable[None]]
+
+
+def create_app(services: Services) -> FastAPI:
+    """Return the application over some services."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        waker: Waker = app.state.waker
+        waker.start()
+        yield
+        waker.stop()
+
+    app = FastAPI(
+        title="Task Orchestrator",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # both pages load their scripts from elsewhere
+        redoc_url=None,
+        openapi_url="/v1/openapi.json",
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    app.state.failures = FailureLimit()
+    app.state.waker = Waker(services.ledger, services.sender)
+    problems.install(app)
+    for routes in (runs.routes, schedules.routes, operations.routes):
+        app.include_router(routes.router, prefix="/v1")
+    app.include_router(operations.open_to_all)
+    settings = services.settings.api
+    app.add_middleware(_Limits, most=settings.max_body)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "traceparent"],
+            expose_headers=["Location", "Idempotency-Replayed", "Retry-After"],
+        )
+    app.add_middleware(_Headers)
+    return app
+
+
+class _Headers:
+    """Puts what keeps browsers from harm on every answer."""
+
+    def __init__(self, app: _Application) -> None:
+        self._app = app
+
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        async def with_headers(message: _Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+            await send(message)
+
+        await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+class _Limits:
+    """Refuses request bodies that are too long, before they are read, or as soon as they turn out to be."""
+
+    def __init__(self, app: _Application, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > self._most:
+            await self._refuse(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> _Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most:
+                raise _TooLongError
+            return message
+
+        try:
+            await self._app(scope, counted, send)
+        except _TooLongError:
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        sentence = f"a request body has {self._most:,} bytes at most"
+        answer = problems.problem(Request(scope), HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large", sentence)
+        await answer(scope, receive, send)
+
+
+class _TooLongError(Exception):
+    """The body is longer than it may be."""

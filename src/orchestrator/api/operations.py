@@ -1,0 +1,58 @@
+"""What operators look at: queues, workers and beats, the audit log, and whether this process can do its work."""
+
+from http import HTTPStatus
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Query, Response
+
+from orchestrator import __version__, migrations
+from orchestrator.api import pages, schemas
+from orchestrator.api.problems import problems
+from orchestrator.api.security import Ours, Routes
+from orchestrator.domain import Role
+from orchestrator.errors import TransientError
+
+routes: Final = Routes("operations")
+open_to_all: Final = APIRouter(tags=["health"])
+
+
+@routes.get("/queues", response_model=schemas.Queues, responses=problems())
+def list_queues(ours: Ours) -> schemas.Queues:
+    """Say how many messages stand in each queue, and how many consume it; asked at most once in some seconds."""
+    return schemas.Queues(items=list(map(schemas.Queue.model_validate, ours.queues.standing())))
+
+
+@routes.get("/workers", response_model=schemas.Nodes, responses=problems())
+def list_workers(ours: Ours) -> schemas.Nodes:
+    """List workers and beats by their last sign of life."""
+    return schemas.Nodes(items=list(map(schemas.Node.model_validate, ours.insights.nodes())))
+
+
+@routes.get("/audit-events", Role.ADMIN, response_model=schemas.Page[schemas.AuditEvent], responses=problems())
+def list_audit_events(ours: Ours, query: Annotated[schemas.AuditQuery, Query()]) -> schemas.Page[schemas.AuditEvent]:
+    """List who did what, newest first."""
+    after = pages.after_number(query.cursor, query.filters)
+    found = ours.insights.page_audit(**query.filters, limit=query.limit + 1, after=after)
+    items, following = pages.paged(found, query.limit, lambda each: (each.id,), query.filters)
+    shown = list(map(schemas.AuditEvent.model_validate, items))
+    return schemas.Page[schemas.AuditEvent](items=shown, next_cursor=following)
+
+
+# --- For everybody -----------------------------------------------------------------------------------------------
+
+
+@open_to_all.get("/healthz", response_model=schemas.Health)
+async def healthz() -> schemas.Health:
+    """Say that this process answers."""
+    return schemas.Health(status="ok", version=__version__)
+
+
+@open_to_all.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
+def readyz(ours: Ours, response: Response) -> schemas.Health:
+    """Say whether requests can be answered: whether the ledger is there. A broker that is away does not matter."""
+    try:
+        migrations.verify(ours.database)
+    except TransientError as error:
+        response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+        return schemas.Health(status="unavailable", because=error.code, version=__version__)
+    return schemas.Health(status="ok", version=__version__)

@@ -1,0 +1,125 @@
+"""Who may ask for what: API keys as bearer tokens, a role on every route, and a brake on guessing.
+
+Closed by construction: routes are made by :class:`Routes`, which takes a role for each; there is no other way in.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from time import monotonic
+from typing import Annotated, Any, Final, TypeVar
+
+from fastapi import APIRouter, Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from orchestrator.bootstrap import Services
+from orchestrator.domain import Role
+from orchestrator.errors import ForbiddenError, TooManyFailuresError, UnauthenticatedError
+from orchestrator.ledger.keys import Principal
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+FAILURES: Final = 20
+"""API keys that are none, from one address, until it has to wait."""
+REFILL: Final = 3.0
+"""Seconds after which one of them is forgotten."""
+_ADDRESSES: Final = 10_000
+
+_bearer: Final = HTTPBearer(auto_error=False, description="an API key: `orchestrator keys create`")
+
+
+class FailureLimit:
+    """A brake on guessing: so many failures of one address, then one each few seconds. Thread-safe, bounded.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        # When the bucket of an address is empty again: a whole queue of failures as one number.
+        self._drained_at: OrderedDict[str, float] = OrderedDict()
+
+    def require_patience(self, address: str) -> None:
+        """Refuse an address that has failed too often.
+
+        Raises:
+            TooManyFailuresError: it has to wait.
+        """
+        with self._lock:
+            excess = self._drained_at.get(address, 0.0) - self._clock() - (FAILURES - 1) * REFILL
+        if excess > 0:
+            raise TooManyFailuresError(excess)
+
+    def note(self, address: str) -> None:
+        """Note a failure of an address."""
+        with self._lock:
+            now = self._clock()
+            self._drained_at[address] = max(now, self._drained_at.pop(address, now)) + REFILL
+            while len(self._drained_at) > _ADDRESSES:
+                self._drained_at.popitem(last=False)
+
+
+async def services_of(request: Request) -> Services:
+    """Return what the application works with."""
+    services: Services = request.app.state.services
+    return services
+
+
+def principal(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+) -> Principal:
+    """Return whose request it is.
+
+    Raises:
+        UnauthenticatedError: it has no valid API key.
+        TooManyFailuresError: its address has sent too many that are not valid.
+    """
+    failures: FailureLimit = request.app.state.failures
+    address = request.client.host if request.client else "unknown"
+    failures.require_patience(address)
+    if credentials is None:
+        raise UnauthenticatedError("this needs an API key: Authorization: Bearer …")
+    try:
+        services: Services = request.app.state.services
+        return services.ledger.keys.authenticate(credentials.credentials)
+    except UnauthenticatedError:
+        failures.note(address)
+        raise
+
+
+Ours = Annotated[Services, Depends(services_of)]
+
+
+class Routes:
+    """Makes routes, each for a role; a key of a lower one gets 403.
+
+    Args:
+        tag: under which the documentation lists them.
+    """
+
+    def __init__(self, tag: str) -> None:
+        self.router = APIRouter(tags=[tag])
+
+    def get(self, path: str, role: Role = Role.VIEWER, **options: Any) -> Callable[[Handler], Handler]:  # noqa: ANN401 -- FastAPI's
+        """Return a decorator for what is read."""
+        return self._route("GET", path, role, options)
+
+    def post(self, path: str, role: Role, **options: Any) -> Callable[[Handler], Handler]:  # noqa: ANN401 -- the same
+        """Return a decorator for what changes something."""
+        return self._route("POST", path, role, options)
+
+    def _route(self, method: str, path: str, role: Role, options: dict[str, Any]) -> Callable[[Handler], Handler]:
+        async def allowed(asks: Annotated[Principal, Depends(principal)]) -> Principal:
+            if not asks.role.covers(role):
+                raise ForbiddenError(f"this needs the role {role}; the API key has {asks.role}")
+            return asks
+
+        extra = {"x-role": role.value}
+        dependencies = [Depends(allowed)]
+        return self.router.api_route(path, methods=[method], dependencies=dependencies, openapi_extra=extra, **options)
+
+
+Asks = Annotated[Principal, Depends(principal)]
+"""Whose request it is; FastAPI asks once a request, however many want to know."""
