@@ -1,0 +1,140 @@
+"""The HTTP API while it, its database or its broker is hurt: what it accepted is worked on, once; what not, left no trace."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+from uuid import UUID, uuid4
+
+import httpx2
+import pytest
+
+from orchestrator.domain import Role
+from tests.faults.conftest import StackFactory
+from tests.support.api import Api, address_of, make_keys
+from tests.support.crashes import CrashPoints
+from tests.support.evidence import Evidence
+from tests.support.oracle import RESUMED, Oracle
+from tests.support.postgres import PostgresServer, StopMode
+from tests.support.processes import Process, eventually
+from tests.support.rabbitmq import RabbitMQServer
+from tests.support.rounds import rounds
+from tests.support.stack import Stack
+
+SOURCES: Final = range(1, 21)
+BETWEEN: Final = "Sender.wake: before"
+
+
+def start(api: Api, key: str) -> httpx2.Response | None:
+    """Ask for a run once; return the answer, if there was one."""
+    try:
+        return api.post("/v1/runs", {"task_id": 1}, headers={"Idempotency-Key": key})
+    except httpx2.TransportError:
+        return None
+
+
+def accepted(answer: httpx2.Response) -> UUID:
+    """Check that a run was accepted, and return its id."""
+    assert answer.status_code == 202, answer.text
+    return UUID(answer.json()["run"]["id"])
+
+
+def crashing_api(stack: Stack) -> Process:
+    """Serve, with crash points."""
+    return stack.start("tests.support.crashes", "api", "--port", "0")
+
+
+@pytest.mark.fault("kill -9 of the API between the commit of a run and its wake-up")
+def test_kill_9_between_the_row_and_the_wake_up(
+    make_rabbitmq: StackFactory, tmp_path: Path, evidence: Evidence
+) -> None:
+    stack = make_rabbitmq()
+    stack.application.add_sources(len(SOURCES))
+    stack.application.add_task(1, SOURCES)
+    stack.worker()
+    points = CrashPoints(tmp_path / "points")
+    stack.env |= points.env
+    api = Api(stack, crashing_api(stack), make_keys(stack.database))
+    api.url = address_of(api.process)
+    runs: set[UUID] = set()
+    unanswered = 0
+
+    for _ in rounds(4, 50):
+        evidence.trials += 1
+        points.arm(BETWEEN)
+        key = str(uuid4())
+        answer = start(api, key)
+        assert api.process.wait(within=20) == -9, "it was to be killed"
+        api.process.close()
+        api.process = crashing_api(stack)
+        api.url = address_of(api.process)
+        if answer is None:
+            # Its caller cannot know, and asks again.
+            unanswered += 1
+            answer = start(api, key)
+            assert answer is not None
+        run_id = accepted(answer)
+        with evidence.recovery():
+            stack.await_run(run_id, "succeeded", within=RESUMED)
+        runs.add(run_id)
+
+    evidence.saw(Oracle(stack).assert_holds(dict.fromkeys(runs, SOURCES)))
+    (row,) = stack.query("SELECT count(*) FROM orchestrator.runs")
+    assert row["count"] == len(runs) == evidence.trials
+    evidence.note(f"{unanswered} callers had no answer and asked again")
+    api.close()
+
+
+@pytest.fixture
+def hurt(postgres: PostgresServer, rabbitmq: RabbitMQServer, tmp_path: Path) -> Iterator[Api]:
+    """An API with a worker on servers that may be hurt."""
+    broker = rabbitmq.vhost_url(rabbitmq.fresh_vhost())
+    stack = Stack.on_rabbitmq(postgres.create_database(f"api_{uuid4().hex[:8]}"), broker, tmp_path)
+    stack.prepare()
+    stack.application.add_sources(len(SOURCES))
+    stack.application.add_task(1, SOURCES)
+    stack.declare_extraction_queue()
+    stack.worker()
+    rabbitmq.settle()
+    api = Api.start(stack)
+    yield api
+    postgres.start()
+    rabbitmq.start()
+    api.close()
+    stack.close()
+
+
+@pytest.mark.fault("RabbitMQ away while the API is asked for runs")
+def test_a_broker_that_is_away_refuses_nobody(hurt: Api, rabbitmq: RabbitMQServer, evidence: Evidence) -> None:
+    rabbitmq.kill()
+    runs = [accepted(hurt.post("/v1/runs", {"task_id": 1})) for _ in rounds(5, 50)]
+    assert hurt.get("/readyz", None).status_code == 200
+    assert all(queue["problem"] for queue in hurt.get("/v1/queues").json()["items"])
+    evidence.trials = len(runs)
+
+    rabbitmq.start()
+    with evidence.recovery():
+        for run_id in runs:
+            hurt.stack.await_run(run_id, "succeeded", within=RESUMED)
+    evidence.saw(Oracle(hurt.stack).assert_holds(dict.fromkeys(runs, SOURCES)))
+
+
+@pytest.mark.fault("PostgreSQL away while the API is asked for runs")
+def test_without_a_database_nothing_is_promised(hurt: Api, postgres: PostgresServer, evidence: Evidence) -> None:
+    for mode in (StopMode.FAST, StopMode.IMMEDIATE):
+        evidence.trials += 1
+        postgres.stop(mode)
+        for answer in (hurt.post("/v1/runs", {"task_id": 1}), hurt.get("/v1/runs", Role.ADMIN)):
+            assert answer.status_code == 503, answer.text
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["code"] == "database_unavailable"
+            assert answer.headers["retry-after"]
+        assert (hurt.get("/healthz", None).status_code, hurt.get("/readyz", None).status_code) == (200, 503)
+
+        postgres.start()
+        with evidence.recovery():
+            eventually(
+                lambda: hurt.get("/readyz", None).status_code == 200, within=RESUMED, what="it is ready", every=0.2
+            )
+        assert hurt.stack.query("SELECT count(*) FROM orchestrator.runs")[0]["count"] == evidence.trials - 1
+        run_id = accepted(hurt.post("/v1/runs", {"task_id": 1}))
+        hurt.stack.await_run(run_id, "succeeded", within=RESUMED)

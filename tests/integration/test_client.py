@@ -1,0 +1,134 @@
+"""The Python client, the examples for BFF developers, and every command of docs/api.md, on a served API."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+from uuid import UUID, uuid4
+
+import httpx2
+import pytest
+
+from orchestrator.client import ApiError, Client
+from orchestrator.domain import Role
+from tests.support.api import Api
+from tests.support.postgres import PostgresServer
+from tests.support.processes import eventually
+from tests.support.rabbitmq import RabbitMQServer
+from tests.support.stack import Stack
+
+DOCS: Final = Path(__file__).parents[2] / "docs"
+TASK: Final = 7
+
+
+@pytest.fixture(scope="module")
+def api(
+    postgres_server: PostgresServer, rabbitmq_server: RabbitMQServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Api]:
+    """An API with a worker and a beat."""
+    directory = tmp_path_factory.mktemp("client")
+    broker = rabbitmq_server.vhost_url(rabbitmq_server.fresh_vhost())
+    stack = Stack.on_rabbitmq(postgres_server.create_database(directory.name), broker, directory)
+    stack.prepare()
+    stack.application.add_sources(3)
+    stack.application.add_task(TASK, [1, 2, 3, 4], "daily at 03:00")
+    stack.worker()
+    stack.start("celery", "-A", "orchestrator.celery_app", "beat")
+    api = Api.start(stack)
+    eventually(
+        lambda: api.get(f"/v1/schedules/{TASK}").status_code == 200, within=60, what="a beat has read it", every=0.5
+    )
+    yield api
+    api.close()
+    stack.close()
+
+
+@pytest.fixture
+def client(api: Api) -> Iterator[Client]:
+    """An operator's client."""
+    with Client(api.url, api.keys[Role.OPERATOR]) as client:
+        yield client
+
+
+def test_a_run_is_started_watched_and_listed(client: Client) -> None:
+    accepted = client.run(TASK, reason="for the test")
+    assert (accepted.kind, accepted.created) == ("crawl", True)
+    run = client.wait(accepted.id, within=60, every=0.1)
+    assert (run.state, run.published, run.skipped, run.total) == ("succeeded", 3, 1, 4)
+    assert accepted.id in {each.id for each in client.runs(task_id=TASK, limit=1)}
+
+    again = client.retry(accepted.id)
+    assert client.wait(again.id, within=60, every=0.1).document["retry_of"] == str(accepted.id)
+    with pytest.raises(ApiError, match="illegal_transition") as refused:
+        client.cancel(accepted.id)
+    assert (refused.value.status, refused.value.problem["allowed"]) == (409, ["retry"])
+    with pytest.raises(ApiError, match="run_not_found"):
+        client.get(uuid4())
+    assert len(client.analyze([1, 2], "news")) == 2
+
+
+class Cut(httpx2.BaseTransport):
+    """Loses the answer to every first try of a request, after the API has worked on it."""
+
+    def __init__(self) -> None:
+        self._inner = httpx2.HTTPTransport()
+        self.lost = 0
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """See httpx2."""
+        response = self._inner.handle_request(request)
+        if self.lost % 2 == 0:
+            self.lost += 1
+            response.close()
+            raise httpx2.ReadError("the connection was cut")
+        self.lost += 1
+        return response
+
+
+def test_a_lost_answer_starts_no_second_run(api: Api) -> None:
+    transport = Cut()
+    with Client(api.url, api.keys[Role.OPERATOR], transport=transport) as client:
+        accepted = client.run(TASK, reason=(reason := str(uuid4())))
+    assert transport.lost == 2
+    events = api.get("/v1/audit-events?limit=200", Role.ADMIN).json()["items"]
+    assert [each["run_id"] for each in events if each["reason"] == reason] == [str(accepted.id)]
+
+
+def test_who_cannot_be_reached_is_given_up_on() -> None:
+    with Client("http://127.0.0.1:9", "ork_none", tries=2) as client, pytest.raises(ApiError, match="unreachable"):
+        client.run(1)
+
+
+def test_the_client_needs_nothing_else_of_this_package() -> None:
+    probe = "import sys, orchestrator.client; print(*sorted(m for m in sys.modules if m.startswith('orchestrator')))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["orchestrator", "orchestrator.client"]
+
+
+def environment(api: Api) -> dict[str, str]:
+    """Return what the examples read."""
+    assert api.stack.broker is not None
+    return {**os.environ, "API": api.url, "KEY": api.keys[Role.OPERATOR], "BROKER": api.stack.broker}
+
+
+@pytest.mark.parametrize("name", ["bff_http", "bff_celery"])
+def test_the_examples_run(api: Api, name: str) -> None:
+    command = [sys.executable, DOCS / f"examples/{name}.py", str(TASK)]
+    done = subprocess.run(command, env=environment(api), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    run_id = UUID(re.search(r"[0-9a-f-]{36}", done.stdout)[0])  # type: ignore[index] # none fails the test
+    assert api.stack.await_run(run_id)["state"] == "succeeded"
+
+
+SCRIPTS: Final = re.findall(r"^```sh\n(.*?)^```", (DOCS / "api.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_of_the_page_run(api: Api, script: str) -> None:
+    # --fail: an answer that is a problem fails the command.
+    script = "set -e\n" + script.replace("curl -sS", "curl -sS --fail-with-body")
+    done = subprocess.run(["bash", "-c", script], env=environment(api), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
