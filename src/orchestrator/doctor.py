@@ -320,7 +320,7 @@ def _schedules(services: Services) -> Iterator[Finding]:
     if not count:
         yield Finding("schedules", Status.OK, "every schedule that was noticed can be read")
         return
-    first = services.insights.schedules(limit=_SUGGESTIONS, state=ScheduleState.INVALID)
+    first = services.insights.page_schedules(limit=_SUGGESTIONS, state=ScheduleState.INVALID)
     sentences = "; ".join(f"crawl task {each.task_id}: {each.problem}" for each in first)
     which = f", the first {len(first)} of them" if count > len(first) else ""
     detail = f"{count} schedule{'' if count == 1 else 's'} cannot be read and will not fire{which}: {sentences}"

@@ -211,6 +211,11 @@ class CrawlArguments:
     def __post_init__(self) -> None:
         _require_id("task_id", self.task_id)
 
+    @property
+    def what(self) -> str:
+        """What a run with them does, in words."""
+        return f"crawl task {self.task_id}"
+
 
 @dataclass(frozen=True, slots=True)
 class AnalysisArguments:
@@ -232,6 +237,11 @@ class AnalysisArguments:
             )
         if "\x00" in theme or any("\ud800" <= character <= "\udfff" for character in theme):
             raise InvalidArgumentsError("theme_name must not contain NUL characters or lone surrogates")
+
+    @property
+    def what(self) -> str:
+        """What a run with them does, in words."""
+        return f"analysis of data source {self.data_source_id}, theme {self.theme_name}"
 
 
 Arguments = CrawlArguments | AnalysisArguments

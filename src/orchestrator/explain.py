@@ -109,7 +109,7 @@ class _Inquiry:
         self._max_queued = max_queued
         self._now = insights.now()
         # The record after the schedule: a claim moves both at once, so that a due slot cannot be missing from both.
-        self._schedule = next(iter(insights.schedules(limit=1, task_id=task_id)), None)
+        self._schedule = next(iter(insights.page_schedules(limit=1, task_id=task_id)), None)
         self._last, self._next = insights.readings_around(task_id, at)
         self._firing = insights.became_of(task_id, [at]).get(at)
         over = self._last is None or (self._last.until is not None and self._last.until < at)

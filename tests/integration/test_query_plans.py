@@ -1,6 +1,8 @@
 """Questions that are asked every second, or of millions of rows, are answered from an index."""
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -9,8 +11,8 @@ import pytest
 from psycopg.rows import dict_row
 from sqlalchemy import event
 
-from orchestrator.domain import RunState
-from orchestrator.insights import Insights
+from orchestrator.domain import DispatchState, RunKind, RunState, Trigger
+from orchestrator.insights import Insights, RunFilter
 from tests.support.ledgers import Workbench, template
 from tests.support.postgres import PostgresServer
 
@@ -19,21 +21,31 @@ pytestmark = pytest.mark.timeout(180)
 DUE: Final = 30
 TASKS: Final = 500
 RUN: Final = UUID(int=1)
+DONE: Final = UUID(int=2)
+UNDER_WAY: Final = UUID(int=10)
+EARLY: Final = datetime.now(UTC) - timedelta(seconds=150_000)
 # 200,000 runs over 200,000 seconds; a tenth is unfinished and waits, a few are due, a few wait for a free call.
 _RUNS: Final = """
 INSERT INTO orchestrator.runs
-    (id, kind, state, trigger, task_id, traceparent, created_at, finished_at, wake_at, error_code, awaits_slot)
-SELECT lpad(to_hex(n), 32, '0')::uuid, 'crawl', state, 'celery', n % 500, 'x', now() - make_interval(secs => n),
+    (id, kind, state, trigger, task_id, theme_name, traceparent, created_at, finished_at, wake_at, error_code,
+     awaits_slot, total, published)
+SELECT lpad(to_hex(n), 32, '0')::uuid, CASE WHEN n % 50 = 12 THEN 'site_analysis' ELSE 'crawl' END, state,
+       CASE WHEN n % 50000 = 5 THEN 'cli' WHEN n % 50 = 12 THEN 'celery' ELSE 'schedule' END,
+       CASE WHEN n % 50 <> 12 THEN n % 500 END,
+       CASE WHEN n % 10000 = 12 THEN 'rare' WHEN n % 50 = 12 THEN 'news' END, 'x', now() - make_interval(secs => n),
        CASE WHEN state = 'succeeded' THEN now() END,
        CASE WHEN state = 'running' THEN now() + make_interval(secs => CASE WHEN n <= 300 THEN -1 ELSE 3600 END) END,
-       NULL, CASE WHEN n % 10000 = 10 THEN 'discovery_concurrency' END
+       CASE WHEN n % 20000 = 10 THEN 'rare' WHEN n % 10 = 0 THEN 'often' END,
+       CASE WHEN n % 10000 = 10 THEN 'discovery_concurrency' END,
+       CASE WHEN n IN (2, 10) THEN 100000 ELSE 0 END, CASE n WHEN 2 THEN 100000 WHEN 10 THEN 75000 ELSE 0 END
 FROM (SELECT n, CASE WHEN n % 10 = 0 THEN 'running' ELSE 'succeeded' END AS state
       FROM generate_series(1, 200000) AS n) AS made
 """
 _DISPATCHES: Final = """
 INSERT INTO orchestrator.dispatches (run_id, data_source_id, crawl_config_id, state)
-SELECT lpad(to_hex(run), 32, '0')::uuid, source, source, CASE WHEN source <= 75000 THEN 'published' ELSE 'pending' END
-FROM generate_series(1, 3) AS run, generate_series(1, 100000) AS source
+SELECT lpad(to_hex(run), 32, '0')::uuid, source, source,
+       CASE WHEN source <= 75000 OR run = 2 THEN 'published' ELSE 'pending' END
+FROM unnest(ARRAY[1, 2, 10]) AS run, generate_series(1, 100000) AS source
 """
 
 
@@ -152,7 +164,7 @@ def test_the_next_run_that_waits_for_a_call_is_found_by_its_index(bench: Workben
 def test_the_newest_runs_are_read_off_an_index(bench: Workbench) -> None:
     insights = Insights(bench.database)
 
-    explained = Explained(bench, lambda: insights.runs(limit=50))
+    explained = Explained(bench, lambda: insights.page_runs(RunFilter(), limit=50))
 
     explained.assert_by("runs", "runs_created_at_id_idx", looked_at=50)
 
@@ -160,7 +172,7 @@ def test_the_newest_runs_are_read_off_an_index(bench: Workbench) -> None:
 def test_the_newest_runs_of_a_task_are_read_off_an_index(bench: Workbench) -> None:
     insights = Insights(bench.database)
 
-    explained = Explained(bench, lambda: insights.runs(limit=50, task_id=7))
+    explained = Explained(bench, lambda: insights.page_runs(RunFilter(task_id=7), limit=50))
 
     explained.assert_by("runs", "runs_task_id_created_at_idx", looked_at=200_000 // TASKS)
 
@@ -169,17 +181,88 @@ def test_the_newest_runs_of_a_task_are_read_off_an_index(bench: Workbench) -> No
 def test_the_newest_runs_in_a_state_are_read_off_an_index_however_rare_it_is(bench: Workbench, state: RunState) -> None:
     insights = Insights(bench.database)
 
-    explained = Explained(bench, lambda: insights.runs(limit=50, state=state))
+    explained = Explained(bench, lambda: insights.page_runs(RunFilter(state=state), limit=50))
 
     explained.assert_by("runs", "runs_state_created_at_id_idx", looked_at=50)
 
 
-def test_the_newest_runs_of_a_data_source_are_read_off_an_index(bench: Workbench) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "index"),
+    [
+        (RunFilter(error_code="rare"), "runs_error_code_created_at_id_idx"),
+        (RunFilter(error_code="unheard_of"), "runs_error_code_created_at_id_idx"),
+        (RunFilter(theme_name="rare"), "runs_theme_name_created_at_id_idx"),
+        (RunFilter(theme_name="unheard of"), "runs_theme_name_created_at_id_idx"),
+        (RunFilter(trigger=Trigger.CLI), "runs_trigger_created_at_id_idx"),
+        (RunFilter(trigger=Trigger.API), "runs_trigger_created_at_id_idx"),
+        (RunFilter(kind=RunKind.SITE_ANALYSIS), "runs_site_analysis_created_at_id_idx"),
+        (RunFilter(kind=RunKind.SITE_ANALYSIS, until=EARLY), "runs_site_analysis_created_at_id_idx"),
+        (RunFilter(until=EARLY), "runs_created_at_id_idx"),
+        (RunFilter(state=RunState.RUNNING, until=EARLY), "runs_state_created_at_id_idx"),
+    ],
+)
+def test_runs_are_searched_by_an_index_however_rare_they_are(bench: Workbench, wanted: RunFilter, index: str) -> None:
     insights = Insights(bench.database)
 
-    explained = Explained(bench, lambda: insights.runs(limit=50, data_source_id=7))
+    Explained(bench, lambda: insights.page_runs(wanted, limit=50)).assert_by("runs", index, looked_at=50)
+    Explained(bench, lambda: insights.count_runs(wanted, 100)).assert_by("runs", index, looked_at=100)
 
-    explained.assert_by("runs", "runs_data_source_id_created_at_idx", looked_at=0)
+
+def test_any_page_costs_what_the_first_one_does(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+    (deep,) = insights.page_runs(RunFilter(until=EARLY), limit=1)
+
+    for wanted, index in (
+        (RunFilter(), "runs_created_at_id_idx"),
+        (RunFilter(state=RunState.RUNNING), "runs_state_created_at_id_idx"),
+        (RunFilter(error_code="often"), "runs_error_code_created_at_id_idx"),
+    ):
+        asked = Explained(bench, partial(insights.page_runs, wanted, limit=50, after=(deep.created_at, deep.id)))
+        asked.assert_by("runs", index, looked_at=51)
+
+
+def test_all_runs_of_a_rare_data_source_are_looked_up(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+
+    for wanted in (RunFilter(data_source_id=7), RunFilter(data_source_id=7, state=RunState.SUCCEEDED)):
+        explained = Explained(bench, partial(insights.page_runs, wanted, limit=50))
+        explained.assert_by("dispatches", "dispatches_data_source_id_idx", looked_at=3)
+        explained.assert_by("runs", "runs_data_source_id_created_at_idx", "runs_pkey", looked_at=3)
+
+
+def test_the_newest_runs_of_a_common_data_source_are_met_on_the_way(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", 3)
+    insights = Insights(bench.database)
+
+    explained = Explained(bench, lambda: insights.page_runs(RunFilter(data_source_id=7), limit=3))
+
+    explained.assert_by("runs", "runs_created_at_id_idx", "runs_data_source_id_created_at_idx", looked_at=10)
+    explained.assert_by("dispatches", "dispatches_pkey", "dispatches_data_source_id_idx", looked_at=3)
+
+
+def test_pages_of_one_run_are_read_off_their_keys(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+
+    def ask(state: DispatchState | None = None, after: int | None = None) -> Explained:
+        return Explained(bench, lambda: insights.page_dispatches(UNDER_WAY, limit=50, state=state, after=after))
+
+    ask().assert_by("dispatches", "dispatches_pkey", looked_at=50)
+    ask(after=90_000).assert_by("dispatches", "dispatches_pkey", looked_at=50)
+    ask(DispatchState.PUBLISHED).assert_by("dispatches", "dispatches_pkey", looked_at=50)
+    ask(DispatchState.SKIPPED).assert_by("dispatches", "dispatches_skipped_idx", looked_at=0)
+    ask(DispatchState.PENDING, after=75_000).assert_by("dispatches", "dispatches_pkey", looked_at=50)
+    skips = Explained(bench, lambda: insights.skip_reasons(RUN))
+    skips.assert_by("dispatches", "dispatches_skipped_idx", looked_at=0)
+
+
+def test_what_the_counts_of_a_run_rule_out_is_not_looked_for(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+
+    explained = Explained(bench, lambda: insights.page_dispatches(DONE, limit=50, state=DispatchState.PENDING))
+
+    explained.assert_by("dispatches", "dispatches_pkey", looked_at=0)
 
 
 def test_a_plan_without_statistics_is_taken_along_the_primary_key_too(fresh: Workbench) -> None:
@@ -213,7 +296,8 @@ def test_a_batch_is_marked_along_the_primary_key(bench: Workbench) -> None:
 
     explained = Explained(bench, mark)
 
-    explained.assert_by("dispatches", "dispatches_pkey", "ModifyTable", looked_at=1_000)
+    # Of an empty list PostgreSQL holds that it implies the condition of any index.
+    explained.assert_by("dispatches", "dispatches_pkey", "dispatches_skipped_idx", "ModifyTable", looked_at=1_000)
 
 
 def test_one_run_and_its_parts_are_found_by_their_keys(bench: Workbench) -> None:

@@ -22,7 +22,7 @@ from orchestrator.db import Database
 from orchestrator.discovery import Answer, AnswerCode
 from orchestrator.domain import AttemptOutcome, Node, RunState
 from orchestrator.errors import CrawlTaskNotFoundError, DatabaseRightsError
-from orchestrator.insights import Insights
+from orchestrator.insights import Insights, RunFilter
 from orchestrator.schema import SCHEMA, metadata
 from tests.support.application import Application
 from tests.support.ledgers import LEASE, QUEUE, Workbench
@@ -198,8 +198,8 @@ def test_the_runtime_analyses_and_operates(bench: Workbench) -> None:
     node = Node("w1@host", "worker")
     bench.ledger.nodes.heartbeat(node, "1.0")
     insights = Insights(bench.database)
-    assert [view.id for view in insights.runs(limit=10)] == [failed, canceled, run_id]
-    assert len(insights.attempts(run_id)) == 3
+    assert [view.id for view in insights.page_runs(RunFilter(), limit=10)] == [failed, canceled, run_id]
+    assert len(insights.page_attempts(run_id, limit=10)) == 3
     assert [view.name for view in insights.nodes()] == ["w1@host"]
     bench.ledger.nodes.sign_off(node)
 

@@ -11,6 +11,7 @@ from orchestrator.api.problems import problems
 from orchestrator.api.security import Ours, Routes
 from orchestrator.domain import Role
 from orchestrator.errors import TransientError
+from orchestrator.insights import AuditFilter
 
 routes: Final = Routes("operations")
 open_to_all: Final = APIRouter(tags=["health"])
@@ -32,7 +33,7 @@ def list_workers(ours: Ours) -> schemas.Nodes:
 def list_audit_events(ours: Ours, query: Annotated[schemas.AuditQuery, Query()]) -> schemas.Page[schemas.AuditEvent]:
     """List who did what, newest first."""
     after = pages.after_number(query.cursor, query.filters)
-    found = ours.insights.page_audit(**query.filters, limit=query.limit + 1, after=after)
+    found = ours.insights.page_audit(AuditFilter(**query.filters), limit=query.limit + 1, after=after)
     items, following = pages.paged(found, query.limit, lambda each: (each.id,), query.filters)
     shown = list(map(schemas.AuditEvent.model_validate, items))
     return schemas.Page[schemas.AuditEvent](items=shown, next_cursor=following)

@@ -18,7 +18,7 @@ from orchestrator.api.runs import accepted, start_crawl
 from orchestrator.api.security import Ours, Routes
 from orchestrator.domain import Role
 from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError
-from orchestrator.insights import ScheduleView
+from orchestrator.insights import FiringFilter, ScheduleView
 from orchestrator.schedule import parse, read_zone
 
 routes: Final = Routes("schedules")
@@ -93,7 +93,7 @@ def list_firings(ours: Ours, query: Annotated[schemas.FiringQuery, Query()]) -> 
     position = pages.decode(query.cursor, wanted, pages.moment, pages.moment, pages.number)
     since = query.since or (position[0] if position else pages.window_of(ours))
     after = position[1:] if position else None
-    found = ours.insights.page_firings(**wanted | {"since": since}, limit=query.limit + 1, after=after)
+    found = ours.insights.page_firings(FiringFilter(**wanted | {"since": since}), limit=query.limit + 1, after=after)
     items, following = pages.paged(found, query.limit, lambda each: (since, each.scheduled_for, each.task_id), wanted)
     return schemas.Page[schemas.Firing](items=list(map(schemas.Firing.model_validate, items)), next_cursor=following)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Annotated, Final, Self, TypeVar
 from uuid import UUID, uuid4
 
@@ -34,6 +35,7 @@ from orchestrator.domain import (
     AnalysisArguments,
     Arguments,
     CrawlArguments,
+    DispatchState,
     NewRun,
     RunKind,
     RunState,
@@ -49,7 +51,7 @@ from orchestrator.errors import (
     RunNotFoundError,
     TransientError,
 )
-from orchestrator.insights import NodeView, RunView
+from orchestrator.insights import NodeView, RunFilter, RunView
 
 app: Final = typer.Typer()
 
@@ -58,6 +60,7 @@ RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="A run's id, or at 
 Answer = TypeVar("Answer")
 
 _POLL: Final = 0.3  # seconds
+_MOST: Final = 200  # calls, and events, of a run that are shown
 _ID: Final = re.compile(r"[0-9a-f]{4,32}")
 
 
@@ -125,7 +128,7 @@ def _start(ours: Services, new: Sequence[NewRun], *, wait: bool, render: Render 
     enqueued = enqueue(ours, wake_ups)
     if render is None:
         for each in new:
-            typer.echo(f"run {each.run_id} is {'enqueued' if enqueued else 'recorded'}: {_name(each.arguments)}")
+            typer.echo(f"run {each.run_id} is {'enqueued' if enqueued else 'recorded'}: {each.arguments.what}")
     warn_if_unattended(ours, new[0].arguments)
     if wait:
         _watch(ours, run_ids)
@@ -166,8 +169,8 @@ def _accept(ours: Services, new: Sequence[NewRun]) -> None:
 
 
 def _require_equal(new: NewRun, kept: RunView) -> None:
-    if _arguments(kept) != new.arguments:
-        raise InvalidArgumentsError(f"--id {new.run_id} belongs to another run already: {_what(kept)}")
+    if kept.arguments != new.arguments:
+        raise InvalidArgumentsError(f"--id {new.run_id} belongs to another run already: {kept.what}")
 
 
 def enqueue(ours: Services, wake_ups: Sequence[WakeUp], batch: int | None = None) -> bool:
@@ -323,13 +326,11 @@ def runs(
 ) -> None:
     """List runs, newest first."""
     with session() as ours:
-        views = ours.insights.runs(limit=limit, kind=kind, state=state, task_id=task_id)
+        views = ours.insights.page_runs(RunFilter(kind, state, task_id), limit=limit)
     if as_json:
         print_document({"runs": [_run_document(view) for view in views]})
         return
-    rows = [
-        (view.id, view.state, _what(view), _counts(view), stamp(view.created_at), view.error_code) for view in views
-    ]
+    rows = [(view.id, view.state, view.what, _counts(view), stamp(view.created_at), view.error_code) for view in views]
     print_table(["run", "state", "what", "progress", "created", "error"], rows)
 
 
@@ -339,8 +340,10 @@ def show(run_id: RunId, *, limit: Limit = SHOWN, as_json: AsJson = False) -> Non
     with session() as ours:
         view = ours.insights.run(_resolve(ours, run_id))
         waits_for = _waits_for(view, ours.insights.nodes())
-        attempts, events = ours.insights.attempts(view.id), ours.insights.events(view.id)
-        reasons, skips = ours.insights.skip_reasons(view.id), ours.insights.skipped(view.id, limit)
+        attempts = ours.insights.page_attempts(view.id, limit=_MOST)
+        events = ours.insights.page_events(view.id, limit=_MOST)
+        reasons = ours.insights.skip_reasons(view.id)
+        skips = ours.insights.page_dispatches(view.id, limit=limit, state=DispatchState.SKIPPED)
     if as_json:
         shown = {"waits_for": waits_for, "attempts": attempts, "events": events, "skip_reasons": reasons}
         print_document({"run": _run_document(view)} | shown | {"skips": skips})
@@ -349,16 +352,16 @@ def show(run_id: RunId, *, limit: Limit = SHOWN, as_json: AsJson = False) -> Non
     print_table(["run", str(view.id)], [*_facts(view), *skipped, ("waits for", waits_for)])
     if attempts:
         columns = ["number", "started_at", "outcome", "status", "seconds", "code", "message", "next_attempt_at"]
-        print_table(columns, [tuple(each[name] for name in columns) for each in attempts], title="calls to Discovery")
+        print_table(columns, [attrgetter(*columns)(each) for each in attempts], title="calls to Discovery")
     columns = ["at", "event", "state", "code", "message"]
-    print_table(columns, [tuple(each[name] for name in columns) for each in events], title="what happened")
+    print_table(columns, [attrgetter(*columns)(each) for each in events], title="what happened")
     if skips:
-        rows = [(each["data_source_id"], each["reason"]) for each in skips]
+        rows = [(each.data_source_id, each.reason) for each in skips]
         print_table(["data source", "skipped because"], rows, more=sum(reasons.values()) - len(skips))
 
 
 def _facts(view: RunView) -> Iterator[tuple[str, object]]:
-    yield "what", _what(view)
+    yield "what", view.what
     yield "state", view.state
     yield "progress", _counts(view)
     if view.error_code:
@@ -413,7 +416,7 @@ def retry(run_id: RunId, *, reason: Reason = None, as_json: AsJson = False) -> N
         if as_json:
             _render_run([ours.insights.run(wake_up.run_id)], enqueued)
         elif wake_up.run_id == view.id:
-            typer.echo(f"run {view.id} is back in the queue: {_what(view)}")
+            typer.echo(f"run {view.id} is back in the queue: {view.what}")
         else:
             typer.echo(f"run {view.id} is {view.state}, which is final: the same again is run {wake_up.run_id}")
         warn_if_unattended(ours, wake_up.arguments)
@@ -429,7 +432,7 @@ def cancel(run_id: RunId, *, reason: Reason = None, as_json: AsJson = False) -> 
     if as_json:
         print_document({"run": _run_document(view)})
     else:
-        typer.echo(f"run {view.id} is canceled: {_what(view)}, {_counts(view)}")
+        typer.echo(f"run {view.id} is canceled: {view.what}, {_counts(view)}")
 
 
 # --- Ids and words -------------------------------------------------------------------------------------------------
@@ -451,27 +454,6 @@ def _resolve(ours: Services, text: str) -> UUID:
     if len(matches) > 1:
         raise InvalidArgumentsError(f"several runs begin with {text}, for instance {matches[0]} and {matches[1]}")
     return matches[0]
-
-
-def _arguments(view: RunView) -> Arguments | None:
-    if view.task_id is not None:
-        return CrawlArguments(view.task_id)
-    if view.data_source_id is not None and view.theme_name is not None:
-        return AnalysisArguments(view.data_source_id, view.theme_name)
-    return None
-
-
-def _what(view: RunView) -> str:
-    arguments = _arguments(view)
-    return f"{view.kind} without usable arguments" if arguments is None else _name(arguments)
-
-
-def _name(arguments: Arguments) -> str:
-    match arguments:
-        case CrawlArguments(task_id):
-            return f"crawl task {task_id}"
-        case AnalysisArguments(data_source_id, theme_name):
-            return f"analysis of data source {data_source_id}, theme {theme_name}"
 
 
 def _counts(view: RunView) -> str:

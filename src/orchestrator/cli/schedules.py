@@ -18,7 +18,7 @@ from orchestrator.cli.runs import enqueue, run_now, warn_if_unattended
 from orchestrator.cli.session import SHOWN, AsJson, Limit, Reason, Task, TaskId, Wait, actor, session
 from orchestrator.domain import CrawlArguments, FiringOutcome, ScheduleState
 from orchestrator.errors import IllegalTransitionError, UnreadableScheduleError
-from orchestrator.insights import FiringView, ScheduleView
+from orchestrator.insights import FiringFilter, FiringView, ScheduleView
 from orchestrator.schedule import parse, read_zone
 from orchestrator.settings import current
 
@@ -45,7 +45,7 @@ def schedules(
 ) -> None:
     """List schedules as they were last read, those that fire next first."""
     with session() as ours:
-        views = ours.insights.schedules(limit=limit, state=state, task_id=task_id)
+        views = ours.insights.page_schedules(limit=limit, state=state, task_id=task_id)
     if as_json:
         print_document({"schedules": views})
         return
@@ -88,7 +88,7 @@ def firings(
     with session() as ours:
         read = _reader(ours, task_id)
         first, last = (None if text is None else read(text) for text in (since, until))
-        views = ours.insights.firings(limit=limit, task_id=task_id, outcome=outcome, since=first, until=last)
+        views = ours.insights.page_firings(FiringFilter(task_id, outcome, first, last), limit=limit)
     if as_json:
         print_document({"firings": views})
         return
@@ -121,7 +121,7 @@ def why(
 
 def _reader(ours: Services, task_id: int | None) -> Callable[[str], datetime]:
     """Return what reads moments, in the zone of a schedule or in the default one."""
-    known = [] if task_id is None else ours.insights.schedules(limit=1, task_id=task_id)
+    known = [] if task_id is None else ours.insights.page_schedules(limit=1, task_id=task_id)
     try:
         zone = read_zone(known[0].zone if known else ours.settings.timezone)
     except UnreadableScheduleError:  # which is why the schedule is invalid

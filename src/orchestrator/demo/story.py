@@ -29,7 +29,7 @@ from orchestrator.demo import extractor_stub, sample
 from orchestrator.demo.stage import Stage
 from orchestrator.domain import TERMINAL, RunState
 from orchestrator.errors import RunNotFoundError
-from orchestrator.insights import FiringView, RunView
+from orchestrator.insights import AttemptView, FiringFilter, FiringView, RunView
 from orchestrator.ledger.transitions import SILENCE
 from orchestrator.telemetry import Event
 
@@ -41,6 +41,7 @@ RESENT: Final = 25
 
 _WORKERS: Final = ("worker-1", "worker-2")
 _PATIENCE: Final = 60.0  # seconds
+_CALLS: Final = 50  # of one analysis that are told
 
 _SETTINGS: Final = """
 discovery_url = '{discovery}'
@@ -244,7 +245,7 @@ class Story:
 
             self._stage.until(over, within=_PATIENCE, what="all site analyses are over")
         views = [self._ours.insights.run(run_id) for run_id in run_ids]
-        calls = [self._ours.insights.attempts(run_id) for run_id in run_ids]
+        calls = [self._ours.insights.page_attempts(run_id, limit=_CALLS) for run_id in run_ids]
         self._voice.table(
             ["data source", "state", "calls", "what the ledger says of them"],
             [(run.data_source_id, run.state, len(made), _told(made)) for run, made in zip(views, calls, strict=True)],
@@ -258,7 +259,9 @@ class Story:
     def _a_schedule_fires(self) -> list[UUID]:
         self._voice.begin(f"Meanwhile: the schedule of crawl task {sample.PRICES} is edited, and fires")
         listed = self._stage.until(
-            lambda: self._ours.insights.schedules(limit=10), within=_PATIENCE, what="the beat has read the schedules"
+            lambda: self._ours.insights.page_schedules(limit=10),
+            within=_PATIENCE,
+            what="the beat has read the schedules",
         )
         self._voice.table(
             ["crawl task", "schedule as written", "read as", "next fires (UTC)"],
@@ -351,7 +354,7 @@ class Story:
         return view if view is not None and view.state in TERMINAL else None
 
     def _firings(self) -> list[FiringView]:
-        return self._ours.insights.firings(limit=20, task_id=sample.PRICES)
+        return self._ours.insights.page_firings(FiringFilter(sample.PRICES), limit=20)
 
     def _fired(self) -> list[FiringView] | None:
         started = [firing for firing in self._firings() if firing.run_id is not None]
@@ -418,17 +421,17 @@ class _Voice:
         return Progress(console=self._console, transient=True, disable=not self._console.is_terminal)
 
 
-def _told(calls: Sequence[dict[str, Any]]) -> str:
+def _told(calls: Sequence[AttemptView]) -> str:
     """Put the attempts of a site analysis in words."""
     words = []
     for call in calls:
-        word = str(call["status"] or {"lost": "lost with its worker"}.get(call["code"], call["code"]))
-        if call["seconds"] is not None:
-            word += f" in {call['seconds']:.1f} s"
-        if call["retry_after"] is not None:
-            word += f", Retry-After {call['retry_after']:.0f}"
-        if call["next_attempt_at"] is not None:
-            word += f", waits {(call['next_attempt_at'] - call['finished_at']).total_seconds():.1f} s"
+        word = str(call.status or {"lost": "lost with its worker"}.get(call.code or "", call.code))
+        if call.seconds is not None:
+            word += f" in {call.seconds:.1f} s"
+        if call.retry_after is not None:
+            word += f", Retry-After {call.retry_after:.0f}"
+        if call.next_attempt_at is not None and call.finished_at is not None:
+            word += f", waits {(call.next_attempt_at - call.finished_at).total_seconds():.1f} s"
         words.append(word)
     return " → ".join(words)
 

@@ -1,0 +1,394 @@
+"""Runs, and what is kept of each: its dispatches, its calls to the Discovery Service, and what happened to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    exists,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    true,
+    tuple_,
+    union_all,
+)
+
+from orchestrator.db import Database
+from orchestrator.domain import (
+    AnalysisArguments,
+    Arguments,
+    AttemptOutcome,
+    CrawlArguments,
+    DispatchState,
+    RunKind,
+    RunState,
+    SkipReason,
+    Trigger,
+    message_id,
+)
+from orchestrator.errors import InvalidArgumentsError, RunNotFoundError
+from orchestrator.schema import attempts, dispatches, run_events, runs
+
+MANY_RUNS: Final = 10_000
+"""Runs of one data source up to which all of them are looked at to find the newest ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """One run as people and scripts see it. Moments are aware, in UTC; counts add up to ``total``."""
+
+    id: UUID
+    kind: RunKind
+    state: RunState
+    trigger: str
+    task_id: int | None
+    data_source_id: int | None
+    theme_name: str | None
+    total: int
+    published: int
+    skipped: int
+    attempts: int
+    error_code: str | None
+    error_message: str | None
+    awaits_slot: str | None
+    created_at: datetime
+    enqueued_at: datetime | None
+    started_at: datetime | None
+    next_attempt_at: datetime | None
+    wake_at: datetime | None
+    finished_at: datetime | None
+    retry_of: UUID | None
+    scheduled_for: datetime | None
+    traceparent: str
+
+    @property
+    def pending(self) -> int:
+        """Dispatches that are neither published nor skipped."""
+        return self.total - self.published - self.skipped
+
+    @property
+    def arguments(self) -> Arguments | None:
+        """What it was asked for; none when its message had no usable arguments, or today's rules refuse them."""
+        try:
+            if self.task_id is not None:
+                return CrawlArguments(self.task_id)
+            if self.data_source_id is not None and self.theme_name is not None:
+                return AnalysisArguments(self.data_source_id, self.theme_name)
+        except InvalidArgumentsError:
+            return None
+        return None
+
+    @property
+    def what(self) -> str:
+        """What it does, in words."""
+        return f"{self.kind} without usable arguments" if self.arguments is None else self.arguments.what
+
+
+@dataclass(frozen=True, slots=True)
+class RunFilter:
+    """Which runs are wanted: those that fit all that is given.
+
+    Attributes:
+        kind: of this kind.
+        state: in this state.
+        task_id: of this crawl task.
+        data_source_id: analyses of this data source, and crawl runs whose plan has it.
+        theme_name: analyses for this theme.
+        trigger: started so.
+        error_code: with this error.
+        since: created at this moment or later.
+        until: created before this moment.
+    """
+
+    kind: RunKind | None = None
+    state: RunState | None = None
+    task_id: int | None = None
+    data_source_id: int | None = None
+    theme_name: str | None = None
+    trigger: Trigger | None = None
+    error_code: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptView:
+    """One call to the Discovery Service."""
+
+    run_id: UUID
+    number: int
+    node: str
+    started_at: datetime
+    lease_until: datetime
+    finished_at: datetime | None
+    outcome: AttemptOutcome | None
+    status: int | None
+    code: str | None
+    message: str | None
+    seconds: float | None
+    retry_after: float | None
+    next_attempt_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class EventView:
+    """Something that happened to a run, and the state that it had afterwards."""
+
+    id: int
+    run_id: UUID
+    at: datetime
+    event: str
+    state: RunState
+    code: str | None
+    message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchView:
+    """One data source of a crawl run, and the id that every message about it carries."""
+
+    run_id: UUID
+    data_source_id: int
+    crawl_config_id: int | None
+    state: DispatchState
+    reason: SkipReason | None
+    published_at: datetime | None
+    message_id: UUID
+
+
+_RUN_COLUMNS: Final = [runs.c[name] for name in RunView.__dataclass_fields__]
+_ATTEMPT_COLUMNS: Final = [attempts.c[name] for name in AttemptView.__dataclass_fields__]
+_EVENT_COLUMNS: Final = [run_events.c[name] for name in EventView.__dataclass_fields__]
+_DISPATCH_COLUMNS: Final = [dispatches.c[name] for name in DispatchView.__dataclass_fields__ if name != "message_id"]
+_KEYS: Final = (runs.c.created_at, runs.c.id)
+_NEWEST_FIRST: Final = tuple(key.desc() for key in _KEYS)
+_EQUAL: Final = ("kind", "state", "task_id", "theme_name", "trigger", "error_code")
+# The conditions of partial indexes, word for word: a prepared statement's plan does not know the values asked for.
+_NOT_SCHEDULED: Final = literal_column("trigger <> 'schedule'", type_=true().type)
+_ANALYSIS: Final = literal_column("kind = 'site_analysis'", type_=true().type)
+
+Conditions = list[ColumnElement[bool]]
+
+
+class RunInsights:
+    """Reads runs.
+
+    Args:
+        database: where the ledger's tables are.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def page_runs(self, wanted: RunFilter, *, limit: int, after: tuple[datetime, UUID] | None = None) -> list[RunView]:
+        """Return runs, newest first.
+
+        Args:
+            wanted: which.
+            limit: at most so many.
+            after: go on after the run with this ``created_at`` and ``id``.
+        """
+        with self._database.transaction() as connection:
+            rows = connection.execute(_newest(_RUN_COLUMNS, _alternatives(connection, wanted), limit, after))
+            return [_run_view(row) for row in rows]
+
+    def count_runs(self, wanted: RunFilter, cap: int) -> int:
+        """Return how many runs are wanted, counted up to a cap: the cap means so many, or more."""
+        with self._database.transaction() as connection:
+            counted = _newest(list(_KEYS), _alternatives(connection, wanted), cap, None).subquery()
+            return connection.scalar(select(func.count()).select_from(counted)) or 0
+
+    def run(self, run_id: UUID) -> RunView:
+        """Return one run.
+
+        Raises:
+            RunNotFoundError: there is no such run.
+        """
+        with self._database.transaction() as connection:
+            row = connection.execute(select(*_RUN_COLUMNS).where(runs.c.id == run_id)).one_or_none()
+        if row is None:
+            raise RunNotFoundError(f"there is no run {run_id}")
+        return _run_view(row)
+
+    def unfinished(self, run_ids: Sequence[UUID]) -> int:
+        """Return how many of the runs are not over."""
+        with self._database.transaction() as connection:
+            over = runs.c.finished_at.is_not(None)
+            return connection.scalar(select(func.count()).where(runs.c.id.in_(run_ids), ~over)) or 0
+
+    def matching(self, prefix: str, limit: int = 2) -> list[UUID]:
+        """Return ids of runs that begin with some hex digits, so that people may shorten them."""
+        first, last = UUID(prefix.ljust(32, "0")), UUID(prefix.ljust(32, "f"))
+        with self._database.transaction() as connection:
+            return list(connection.scalars(select(runs.c.id).where(runs.c.id.between(first, last)).limit(limit)))
+
+    def queued(self, limit: int) -> int:
+        """Return how many runs wait for a worker, counted up to a limit."""
+        waiting = select(literal(1)).where(runs.c.state == RunState.QUEUED).limit(limit).subquery()
+        with self._database.transaction() as connection:
+            return connection.scalar(select(func.count()).select_from(waiting)) or 0
+
+    def unfinished_at(self, task_id: int, moment: datetime) -> RunView | None:
+        """Return the newest run of a crawl task that was unfinished at a moment, by what is known of it now."""
+        statement = (
+            select(*_RUN_COLUMNS)
+            .where(runs.c.task_id == task_id, runs.c.created_at <= moment)
+            .where(or_(runs.c.finished_at.is_(None), runs.c.finished_at > moment))
+            .order_by(runs.c.created_at.desc())
+            .limit(1)
+        )
+        with self._database.transaction() as connection:
+            row = connection.execute(statement).one_or_none()
+        return None if row is None else _run_view(row)
+
+    # --- What is kept of one run -----------------------------------------------------------------------------
+
+    def page_attempts(self, run_id: UUID, *, limit: int, after: int | None = None) -> list[AttemptView]:
+        """Return the calls that a run made to the Discovery Service, oldest first, after the one of a number."""
+        statement = select(*_ATTEMPT_COLUMNS).where(attempts.c.run_id == run_id).order_by(attempts.c.number)
+        if after is not None:
+            statement = statement.where(attempts.c.number > after)
+        with self._database.transaction() as connection:
+            return [_attempt_view(row) for row in connection.execute(statement.limit(limit))]
+
+    def last_attempt(self, run_id: UUID) -> AttemptView | None:
+        """Return the last call that a run made to the Discovery Service."""
+        statement = select(*_ATTEMPT_COLUMNS).where(attempts.c.run_id == run_id).order_by(attempts.c.number.desc())
+        with self._database.transaction() as connection:
+            row = connection.execute(statement.limit(1)).one_or_none()
+        return None if row is None else _attempt_view(row)
+
+    def page_events(self, run_id: UUID, *, limit: int, after: int | None = None) -> list[EventView]:
+        """Return what happened to a run, oldest first, after the event of an id."""
+        statement = select(*_EVENT_COLUMNS).where(run_events.c.run_id == run_id).order_by(run_events.c.id)
+        if after is not None:
+            statement = statement.where(run_events.c.id > after)
+        with self._database.transaction() as connection:
+            rows = connection.execute(statement.limit(limit))
+            return [EventView(**{**row._mapping, "state": RunState(row.state)}) for row in rows]  # noqa: SLF001 -- SQLAlchemy's documented name
+
+    def page_dispatches(
+        self, run_id: UUID, *, limit: int, after: int | None = None, state: DispatchState | None = None
+    ) -> list[DispatchView]:
+        """Return the plan of a crawl run by data source, or what is in one state of it.
+
+        Args:
+            run_id: the run.
+            limit: at most so many.
+            after: go on after this data source.
+            state: in this state only.
+        """
+        statement = select(*_DISPATCH_COLUMNS).where(dispatches.c.run_id == run_id)
+        if after is not None:
+            statement = statement.where(dispatches.c.data_source_id > after)
+        if state is not None:
+            statement = statement.where(*_in_state(run_id, state))
+        with self._database.transaction() as connection:
+            rows = connection.execute(statement.order_by(dispatches.c.data_source_id).limit(limit))
+            return [_dispatch_view(row) for row in rows]
+
+    def skip_reasons(self, run_id: UUID) -> dict[SkipReason, int]:
+        """Return how many dispatches of a run were skipped, by reason."""
+        statement = (
+            select(dispatches.c.reason, func.count())
+            .where(dispatches.c.run_id == run_id, dispatches.c.reason.is_not(None))
+            .group_by(dispatches.c.reason)
+        )
+        with self._database.transaction() as connection:
+            return {SkipReason(row.reason): row[1] for row in connection.execute(statement)}
+
+
+# --- Statements ----------------------------------------------------------------------------------------------------
+
+
+def _newest(
+    columns: Sequence[ColumnElement[Any]],
+    alternatives: Sequence[Conditions],
+    limit: int,
+    after: tuple[datetime, UUID] | None,
+) -> Select[Any]:
+    """Select the newest runs that fit one of several lists of conditions; no run fits two."""
+    pages = [select(*columns).where(*each).order_by(*_NEWEST_FIRST).limit(limit) for each in alternatives]
+    if after is not None:
+        older = tuple_(*_KEYS) < tuple_(*(literal(value, key.type) for key, value in zip(_KEYS, after, strict=True)))
+        pages = [page.where(older) for page in pages]
+    if len(pages) == 1:
+        return pages[0]
+    # Each is read off an index of its own; an OR of them would be read off none.
+    page = union_all(*(select(each.subquery()) for each in pages)).subquery()
+    return select(page).order_by(page.c.created_at.desc(), page.c.id.desc()).limit(limit)
+
+
+def _alternatives(connection: Connection, wanted: RunFilter) -> list[Conditions]:
+    """Return what to search for: the filter's conditions, or two lists, for a data source is in runs of either kind."""
+    common = [runs.c[name] == getattr(wanted, name) for name in _EQUAL if getattr(wanted, name) is not None]
+    if wanted.since is not None:
+        common.append(runs.c.created_at >= wanted.since)
+    if wanted.until is not None:
+        common.append(runs.c.created_at < wanted.until)
+    if wanted.trigger not in {None, Trigger.SCHEDULE}:
+        common.append(_NOT_SCHEDULED)
+    if wanted.kind is RunKind.SITE_ANALYSIS:
+        common.append(_ANALYSIS)
+    if wanted.data_source_id is None:
+        return [common]
+    analysed, crawled = [*common, runs.c.data_source_id == wanted.data_source_id], None
+    if wanted.kind is not RunKind.SITE_ANALYSIS and wanted.theme_name is None:
+        crawled = [*common, runs.c.kind == RunKind.CRAWL, _dispatches(connection, wanted.data_source_id)]
+    return [each for each in (analysed, crawled) if each is not None]
+
+
+def _dispatches(connection: Connection, data_source_id: int) -> ColumnElement[bool]:
+    """Return the condition that a run has a dispatch for a data source, so written that it is answered quickly.
+
+    The planner has to guess how many runs that are, and a wrong guess costs seconds. So they are counted, up to a
+    limit. All runs of a rare one are looked up; a common one is soon met on the way through the newest runs.
+    """
+    of_source = dispatches.c.data_source_id == data_source_id
+    some = select(literal(1)).where(of_source).limit(MANY_RUNS).subquery()
+    if (connection.scalar(select(func.count()).select_from(some)) or 0) < MANY_RUNS:
+        return runs.c.id == func.any(func.array(select(dispatches.c.run_id).where(of_source).scalar_subquery()))
+    return select(true()).where(of_source, dispatches.c.run_id == runs.c.id).limit(1).scalar_subquery()
+
+
+def _in_state(run_id: UUID, state: DispatchState) -> Conditions:
+    if state is DispatchState.SKIPPED:
+        # What the index has: one on the state itself would make marking a batch twice as dear.
+        return [dispatches.c.reason.is_not(None)]
+    # A million rows are not walked through for what the run's counts say is not there.
+    left = {
+        DispatchState.PENDING: runs.c.published + runs.c.skipped < runs.c.total,
+        DispatchState.PUBLISHED: runs.c.published > 0,
+    }
+    return [dispatches.c.state == state, exists().where(runs.c.id == run_id, left[state])]
+
+
+def _run_view(row: Row[Any]) -> RunView:
+    values = dict(row._mapping)  # noqa: SLF001 -- SQLAlchemy's documented name
+    return RunView(**values | {"kind": RunKind(row.kind), "state": RunState(row.state)})
+
+
+def _attempt_view(row: Row[Any]) -> AttemptView:
+    values = dict(row._mapping)  # noqa: SLF001 -- SQLAlchemy's documented name
+    return AttemptView(**values | {"outcome": row.outcome and AttemptOutcome(row.outcome)})
+
+
+def _dispatch_view(row: Row[Any]) -> DispatchView:
+    return DispatchView(
+        row.run_id,
+        row.data_source_id,
+        row.crawl_config_id,
+        DispatchState(row.state),
+        row.reason and SkipReason(row.reason),
+        row.published_at,
+        message_id(row.run_id, row.data_source_id),
+    )
