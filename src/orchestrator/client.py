@@ -236,7 +236,7 @@ class Client:
                 response = self._http.request(method, path, **options)
             except httpx2.TransportError as error:
                 if last:
-                    raise ApiError(0, "unreachable", f"no answer: {error or type(error).__name__}", {}) from error
+                    raise ApiError(0, "unreachable", f"no answer: {str(error) or type(error).__name__}", {}) from error
                 _pause(number, None)
                 continue
             if response.is_success:

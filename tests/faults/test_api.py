@@ -1,4 +1,4 @@
-"""The HTTP API while it, its database or its broker is hurt: what it accepted is done, once; what not, left no trace."""
+"""The HTTP API while it, its database or its broker is hurt: what it accepted is done, once; what not left no trace."""
 
 from collections.abc import Iterator
 from pathlib import Path

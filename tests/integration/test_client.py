@@ -116,7 +116,7 @@ def environment(api: Api) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["bff_http", "bff_celery"])
 def test_the_examples_run(api: Api, name: str) -> None:
-    command = [sys.executable, DOCS / f"examples/{name}.py", str(TASK)]
+    command: list[str | Path] = [sys.executable, DOCS / f"examples/{name}.py", str(TASK)]
     done = subprocess.run(command, env=environment(api), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     run_id = UUID(re.search(r"[0-9a-f-]{36}", done.stdout)[0])  # type: ignore[index] # none fails the test
