@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
 
 from orchestrator import __version__
 from orchestrator.api import operations, problems, runs, schedules
@@ -100,9 +101,11 @@ class _Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        sentence = f"a request body has {self._most:,} bytes at most"
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > self._most:
-            await self._refuse(scope, receive, send)
+            status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+            await problems.problem(Request(scope), status, problems.CODES[status], sentence)(scope, receive, send)
             return
         read = 0
 
@@ -111,19 +114,7 @@ class _Limits:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._most:
-                raise _TooLongError
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, sentence)
             return message
 
-        try:
-            await self._app(scope, counted, send)
-        except _TooLongError:
-            await self._refuse(scope, receive, send)
-
-    async def _refuse(self, scope: _Message, receive: _Receive, send: _Send) -> None:
-        sentence = f"a request body has {self._most:,} bytes at most"
-        answer = problems.problem(Request(scope), HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "request_too_large", sentence)
-        await answer(scope, receive, send)
-
-
-class _TooLongError(Exception):
-    """The body is longer than it may be."""
+        await self._app(scope, counted, send)

@@ -53,11 +53,13 @@ _STATUSES: Final[Sequence[tuple[type[OrchestratorError], HTTPStatus]]] = (
     (InvalidCursorError, HTTPStatus.BAD_REQUEST),
     (TransientError, HTTPStatus.SERVICE_UNAVAILABLE),
 )
-_CODES: Final = {
+CODES: Final = {
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
     HTTPStatus.BAD_REQUEST: "malformed_request",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
 }
+"""Of problems that the web framework finds."""
 _RETRY_AFTER: Final = 2  # seconds
 _MOST_ERRORS: Final = 50
 
@@ -162,7 +164,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
         status = HTTPStatus(error.status_code)
-        code = _CODES.get(status, "http_error")
+        code = CODES.get(status, "http_error")
         return problem(request, status, code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
