@@ -1,19 +1,20 @@
-"""Why a crawl task did, or did not, run at some moment: answered from the ledger, for people.
+"""Why a crawl task did, or did not, run at some moment, and what a run waits for: answered from the ledger, for people.
 
 What the application's tables say today is not asked: what counts is what was read of them then. A reading decides on
 the slots after the moment it was made, up to the moment that the next one was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final, NamedTuple
 from uuid import UUID
 
-from orchestrator.domain import FiringReason, RunState
-from orchestrator.errors import RunNotFoundError, UnreadableScheduleError
-from orchestrator.insights import FiringView, Insights, ReadingView, RunView
+from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE
+from orchestrator.domain import FiringReason, RunKind, RunState
+from orchestrator.errors import PublishError, RunNotFoundError, UnreadableScheduleError
+from orchestrator.insights import FiringView, Insights, NodeView, ReadingView, RunView
 from orchestrator.schedule import read_zone
 from orchestrator.timetable import Timetable
 
@@ -427,3 +428,122 @@ def _span(time: timedelta) -> str:
         if seconds >= least:
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds:.1f} s"
+
+
+# --- What a run waits for ------------------------------------------------------------------------------------------
+
+
+class WaitCode(StrEnum):
+    """What a run waits for, in a word."""
+
+    NOTHING = "nothing"
+    """It is over for good."""
+    OPERATOR = "operator"
+    """It failed; whether it is tried again is up to people."""
+    NEW_RUN = "new_run"
+    """It failed for its arguments, so only another run can do better."""
+    WORKER = "worker"
+    """It is queued."""
+    NO_WORKER = "no_worker"
+    """The same, or under way, and no living worker consumes its queue."""
+    ETA = "eta"
+    """The time that its caller asked for."""
+    FREE_CALL = "free_call"
+    """As many calls to the Discovery Service are under way as may be."""
+    ANSWER = "answer"
+    """A call to the Discovery Service is under way."""
+    NEXT_CALL = "next_call"
+    """A call failed, and another one follows after a while."""
+    RETRY_AFTER = "retry_after"
+    """The same, and the Discovery Service said how long that is."""
+    PLAN = "plan"
+    """What is to be published is being found out."""
+    PUBLISHING = "publishing"
+    """Messages are being published."""
+    NEXT_PUBLISH = "next_publish"
+    """Publishing stopped, and is tried again after a while."""
+    BROKER = "broker"
+    """The same, for the broker was away or did not take messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What has to happen next with a run.
+
+    Attributes:
+        code: in a word.
+        sentence: in plain English, to be read after "waits for".
+    """
+
+    code: WaitCode
+    sentence: str
+
+
+def waits_for(insights: Insights, view: RunView) -> Wait:
+    """Say what a run waits for."""
+    over = _over(view)
+    if over is not None:
+        return over
+    if view.awaits_slot is not None:
+        wait = Wait(WaitCode.FREE_CALL, "a free call to the Discovery Service: as many as may be are under way")
+    else:
+        wait = _retrying(insights, view) if view.state is RunState.RETRYING else _under_way(view)
+    queue = CRAWL_QUEUE if view.kind is RunKind.CRAWL else ANALYSIS_QUEUE
+    if attended(insights.nodes(), queue):
+        return wait
+    code = WaitCode.NO_WORKER if wait.code in _A_WORKER_DOES else wait.code
+    return Wait(code, f"{wait.sentence}; no living worker consumes {queue}: `orchestrator worker`")
+
+
+def attended(nodes: Iterable[NodeView], queue: str) -> bool:
+    """Tell whether a living worker consumes a queue."""
+    return any(node.alive and queue in node.queues for node in nodes)
+
+
+_A_WORKER_DOES: Final = frozenset({WaitCode.WORKER, WaitCode.ANSWER, WaitCode.PLAN, WaitCode.PUBLISHING})
+_OF_THE_BROKER: Final = {PublishError.code, *(error.code for error in PublishError.__subclasses__())}
+
+
+def _over(view: RunView) -> Wait | None:
+    match view.state:
+        case RunState.FAILED if view.arguments is None:
+            return Wait(WaitCode.NEW_RUN, "nothing: its arguments were unusable; start a new run")
+        case RunState.FAILED:
+            return Wait(WaitCode.OPERATOR, f"you: `orchestrator retry {view.id}` puts it back in the queue")
+        case RunState.SUCCEEDED | RunState.CANCELED:
+            return Wait(WaitCode.NOTHING, "nothing: it is over")
+        case _:
+            return None
+
+
+def _retrying(insights: Insights, view: RunView) -> Wait:
+    at = _stamp(view.next_attempt_at)
+    if view.kind is RunKind.CRAWL:
+        why = f"; the last one failed: {view.error_message}" if view.error_message else ""
+        code = WaitCode.BROKER if view.error_code in _OF_THE_BROKER else WaitCode.NEXT_PUBLISH
+        return Wait(code, f"the next try to publish, at {at}{why}")
+    call = f"call {view.attempts + 1} to the Discovery Service, at {at}"
+    last = insights.last_attempt(view.id)
+    if last is None or last.retry_after is None:
+        return Wait(WaitCode.NEXT_CALL, call)
+    return Wait(WaitCode.RETRY_AFTER, f"{call}; its answer to the last one was to wait {last.retry_after:.0f} s")
+
+
+def _under_way(view: RunView) -> Wait:
+    """Say what a run waits for that is queued or running."""
+    crawl = view.kind is RunKind.CRAWL
+    match view.state:
+        case RunState.RUNNING if crawl and view.total:
+            return Wait(WaitCode.PUBLISHING, f"{view.pending} messages to be published")
+        case RunState.RUNNING if crawl:
+            return Wait(WaitCode.PLAN, "its plan to be made")
+        case RunState.RUNNING:
+            return Wait(WaitCode.ANSWER, f"the answer of the Discovery Service to call {view.attempts}")
+        case _ if view.next_attempt_at is not None:
+            return Wait(WaitCode.ETA, f"the time that its caller asked for, {_stamp(view.next_attempt_at)}")
+        case _:
+            return Wait(WaitCode.WORKER, f"a worker to take it from {CRAWL_QUEUE if crawl else ANALYSIS_QUEUE}")
+
+
+def _stamp(moment: datetime | None) -> str:
+    return "" if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"

@@ -3,22 +3,26 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
+from orchestrator.discovery import Answer, AnswerCode
 from orchestrator.domain import (
+    AttemptOutcome,
     CrawlArguments,
     FiringReason,
     Health,
     MisfirePolicy,
     NewRun,
     Node,
+    RunState,
     Trigger,
     slot_run_id,
     traceparent_of,
 )
-from orchestrator.explain import Explanation, Verdict, why
+from orchestrator.errors import BrokerBlockedError
+from orchestrator.explain import Explanation, Verdict, Wait, WaitCode, waits_for, why
 from orchestrator.insights import Insights
 from orchestrator.timetable import Timetable
 from tests.support.ledgers import Workbench
@@ -392,3 +396,89 @@ def test_a_slot_without_a_record_is_not_explained_away(rota: Rota) -> None:
 
 def test_every_reason_of_a_firing_is_a_verdict() -> None:
     assert {reason.value for reason in FiringReason} <= {verdict.value for verdict in Verdict}
+
+
+# --- What a run waits for --------------------------------------------------------------------------------------------
+
+
+def waits(bench: Workbench, run_id: UUID) -> Wait:
+    insights = Insights(bench.database)
+    return waits_for(insights, insights.run(run_id))
+
+
+def employ(bench: Workbench) -> None:
+    """Have a worker for both queues."""
+    node = Node("w1@test", "worker", ("orchestrator.analysis", "orchestrator.crawl"), 2)
+    bench.ledger.nodes.heartbeat(node, "1", first=True)
+
+
+def test_a_queued_run_waits_for_a_worker_and_says_when_there_is_none(bench: Workbench) -> None:
+    run_id = bench.accept()
+
+    lonely = waits(bench, run_id)
+    employ(bench)
+
+    assert lonely.code is WaitCode.NO_WORKER
+    assert lonely.sentence.endswith("; no living worker consumes orchestrator.crawl: `orchestrator worker`")
+    assert waits(bench, run_id) == Wait(WaitCode.WORKER, "a worker to take it from orchestrator.crawl")
+
+
+def test_a_crawl_run_waits_for_its_plan_its_messages_and_its_broker(bench: Workbench) -> None:
+    employ(bench)
+    early, run_id = bench.accept(), bench.planned(10)
+    assert bench.ledger.crawls.begin(early) is not None
+
+    assert waits(bench, early) == Wait(WaitCode.PLAN, "its plan to be made")
+    assert waits(bench, run_id) == Wait(WaitCode.PUBLISHING, "10 messages to be published")
+    bench.ledger.crawls.postpone(run_id, BrokerBlockedError("the broker is low on memory"))
+    blocked = waits(bench, run_id)
+    assert blocked.code is WaitCode.BROKER
+    assert blocked.sentence.startswith("the next try to publish, at 20")
+    assert blocked.sentence.endswith("; the last one failed: the broker is low on memory")
+    bench.ledger.runs.cancel(run_id, actor="ann")
+    assert waits(bench, run_id) == Wait(WaitCode.NOTHING, "nothing: it is over")
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "code"), [(None, WaitCode.NEXT_CALL), (90.0, WaitCode.RETRY_AFTER)], ids=["backoff", "retry-after"]
+)
+def test_an_analysis_waits_for_its_call_and_then_for_the_next_one(
+    bench: Workbench, retry_after: float | None, code: WaitCode
+) -> None:
+    employ(bench)
+    first, second = bench.accept_analysis(7), bench.accept_analysis(8)
+    attempt = bench.begin_attempt(first, cap=1)
+    assert attempt is not None
+    assert bench.begin_attempt(second, cap=1) is None
+
+    assert waits(bench, first) == Wait(WaitCode.ANSWER, "the answer of the Discovery Service to call 1")
+    assert waits(bench, second).code is WaitCode.FREE_CALL
+    busy = Answer(AttemptOutcome.RETRYABLE, 429, AnswerCode.UNAVAILABLE, "busy", retry_after, 0.1)
+    bench.ledger.analyses.finish_attempt(attempt, busy, 90.0)
+    wait = waits(bench, first)
+    assert wait.code is code
+    assert wait.sentence.startswith("call 2 to the Discovery Service, at 20")
+    assert wait.sentence.endswith("to wait 90 s") is (retry_after is not None)
+    bench.rewind(first, 100)
+    refused = Answer(AttemptOutcome.REFUSED, 400, AnswerCode.REFUSED, "no", None, 0.1)
+    again = bench.begin_attempt(first)
+    assert again is not None
+    bench.ledger.analyses.finish_attempt(again, refused, None)
+    assert waits(bench, first).code is WaitCode.OPERATOR
+
+
+def test_a_run_waits_for_its_callers_time(bench: Workbench) -> None:
+    employ(bench)
+    run_id, later = uuid4(), datetime.now(UTC) + timedelta(hours=1)
+    new = NewRun(run_id, CrawlArguments(1), Trigger.CELERY, traceparent_of(run_id), not_before=later)
+    bench.ledger.runs.accept(new, delivered=True)
+
+    assert waits(bench, run_id) == Wait(WaitCode.ETA, f"the time that its caller asked for, {later:%Y-%m-%d %H:%M:%S}Z")
+
+
+def test_a_run_without_usable_arguments_waits_for_nothing(bench: Workbench) -> None:
+    run_id = uuid4()
+    values = {"id": run_id, "kind": "crawl", "trigger": Trigger.CELERY, "traceparent": "x"}
+    bench.ledger.runs.record_ended(values, RunState.FAILED, "invalid_arguments", "task_id is missing")
+
+    assert waits(bench, run_id).code is WaitCode.NEW_RUN

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from operator import attrgetter
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from orchestrator import explain
 from orchestrator.bootstrap import Services
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE
 from orchestrator.cli.output import STYLES, console, print_document, print_table, printable, say, stamp
@@ -51,7 +52,7 @@ from orchestrator.errors import (
     RunNotFoundError,
     TransientError,
 )
-from orchestrator.insights import NodeView, RunFilter, RunView
+from orchestrator.insights import RunFilter, RunView
 
 app: Final = typer.Typer()
 
@@ -196,13 +197,9 @@ def warn_if_unattended(ours: Services, arguments: Arguments) -> None:
     queue = CRAWL_QUEUE if isinstance(arguments, CrawlArguments) else ANALYSIS_QUEUE
     # A hint: what was asked for is done, whether it can be given or not.
     with suppress(DatabaseUnavailableError):
-        if _attended(ours.insights.nodes(), queue):
+        if explain.attended(ours.insights.nodes(), queue):
             return
         say(f"warning: no living worker consumes {queue}; start one: `orchestrator worker`, or `orchestrator up`")
-
-
-def _attended(nodes: Iterable[NodeView], queue: str) -> bool:
-    return any(node.alive and queue in node.queues for node in nodes)
 
 
 # --- Watching ------------------------------------------------------------------------------------------------------
@@ -339,17 +336,23 @@ def show(run_id: RunId, *, limit: Limit = SHOWN, as_json: AsJson = False) -> Non
     """Tell everything about a run: what it waits for, its calls, what happened and what was skipped."""
     with session() as ours:
         view = ours.insights.run(_resolve(ours, run_id))
-        waits_for = _waits_for(view, ours.insights.nodes())
+        wait = explain.waits_for(ours.insights, view)
         attempts = ours.insights.page_attempts(view.id, limit=_MOST)
         events = ours.insights.page_events(view.id, limit=_MOST)
         reasons = ours.insights.skip_reasons(view.id)
         skips = ours.insights.page_dispatches(view.id, limit=limit, state=DispatchState.SKIPPED)
     if as_json:
-        shown = {"waits_for": waits_for, "attempts": attempts, "events": events, "skip_reasons": reasons}
+        shown = {
+            "waits_for": wait.sentence,
+            "waits_for_code": wait.code,
+            "attempts": attempts,
+            "events": events,
+            "skip_reasons": reasons,
+        }
         print_document({"run": _run_document(view)} | shown | {"skips": skips})
         return
     skipped = [("skipped because", f"{reason}: {count}") for reason, count in reasons.items()]
-    print_table(["run", str(view.id)], [*_facts(view), *skipped, ("waits for", waits_for)])
+    print_table(["run", str(view.id)], [*_facts(view), *skipped, ("waits for", wait.sentence)])
     if attempts:
         columns = ["number", "started_at", "outcome", "status", "seconds", "code", "message", "next_attempt_at"]
         print_table(columns, [attrgetter(*columns)(each) for each in attempts], title="calls to Discovery")
@@ -373,34 +376,6 @@ def _facts(view: RunView) -> Iterator[tuple[str, object]]:
         if (value := getattr(view, name)) is not None:
             yield name.removesuffix("_at").replace("_", " "), value
     yield "traceparent", view.traceparent
-
-
-def _waits_for(view: RunView, nodes: Sequence[NodeView]) -> str:
-    """Say in words what has to happen next."""
-    crawl = view.kind is RunKind.CRAWL
-    queue = CRAWL_QUEUE if crawl else ANALYSIS_QUEUE
-    match view.state:
-        case RunState.FAILED if (view.task_id if crawl else view.theme_name) is None:
-            return "nothing: its arguments were unusable; start a new run"
-        case RunState.FAILED:
-            return f"you: `orchestrator retry {view.id}` puts it back in the queue"
-        case RunState.SUCCEEDED | RunState.CANCELED:
-            return "nothing: it is over"
-        case RunState.RETRYING:
-            what = "the next try to publish" if crawl else f"call {view.attempts + 1} to the Discovery Service"
-            waits_for = f"{what}, at {stamp(view.next_attempt_at)}"
-        case RunState.RUNNING if crawl:
-            waits_for = f"{view.pending} messages to be published" if view.total else "its plan to be made"
-        case RunState.RUNNING:
-            waits_for = f"the answer of the Discovery Service to call {view.attempts}"
-        case _ if view.awaits_slot is not None:
-            waits_for = "a free call to the Discovery Service: as many as may be are under way"
-        case _ if view.next_attempt_at is not None:
-            waits_for = f"the time that its caller asked for, {stamp(view.next_attempt_at)}"
-        case _:
-            waits_for = f"a worker to take it from {queue}"
-    unattended = "" if _attended(nodes, queue) else f"; no living worker consumes {queue}: `orchestrator worker`"
-    return waits_for + unattended
 
 
 # --- Operating -----------------------------------------------------------------------------------------------------
