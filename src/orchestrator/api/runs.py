@@ -141,7 +141,7 @@ def show_run(ours: Ours, run_id: RunId) -> schemas.RunDetail:
     return schemas.RunDetail.model_validate(
         {
             "run": view,
-            "waits_for": explain.waits_for(view, ours.insights.nodes()),
+            "waits_for": explain.waits_for(ours.insights, view),
             "skip_reasons": ours.insights.skip_reasons(run_id),
             "attempts": ours.insights.page_attempts(run_id, limit=_SHOWN, after=None),
             "timeline": ours.insights.page_events(run_id, limit=_SHOWN, after=None),

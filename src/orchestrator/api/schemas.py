@@ -21,7 +21,7 @@ from orchestrator.domain import (
     SkipReason,
     Trigger,
 )
-from orchestrator.explain import Verdict
+from orchestrator.explain import Verdict, WaitCode
 
 MOST_SOURCES: Final = 1_000
 """Data sources that one request has analysed at most."""
@@ -245,7 +245,7 @@ class Run(_Out):
 class Wait(_Out):
     """What has to happen next."""
 
-    code: str
+    code: WaitCode
     sentence: str
 
 
