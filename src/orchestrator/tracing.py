@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 from orchestrator import __version__
+from orchestrator.errors import OrchestratorError
 from orchestrator.telemetry import Event, logger
 
 if TYPE_CHECKING:
@@ -88,13 +89,24 @@ def span(name: str, kind: SpanKind, traceparent: str, attributes: Attributes) ->
     inherited = None
     if not (current.is_valid and f"{current.trace_id:032x}" == traceparent[3:35]):
         inherited = TraceContextTextMapPropagator().extract({"traceparent": traceparent})
+    # Not the exception's text: it may be anybody's.
     with _tracer().start_as_current_span(
-        name, inherited, trace.SpanKind[kind.value], dict(attributes), record_exception=False
+        name,
+        inherited,
+        trace.SpanKind[kind.value],
+        dict(attributes),
+        record_exception=False,
+        set_status_on_exception=False,
     ) as made:
         context = made.get_span_context()
         # An unsampled span is never exported: a caller's own id says more.
         ours = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
-        yield Span(ours if made.is_recording() else traceparent, made)
+        under_way = Span(ours if made.is_recording() else traceparent, made)
+        try:
+            yield under_way
+        except Exception as error:
+            under_way.fail(error.code if isinstance(error, OrchestratorError) else type(error).__name__)
+            raise
 
 
 _enabled: "_Exporting | None" = None

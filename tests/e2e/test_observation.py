@@ -94,6 +94,8 @@ def test_counts_of_a_prefork_worker_outlive_its_children(stack: Stack) -> None:
     assert counts["dispatches_total:published"] == 12 * SOURCES
     assert counts["publish_duration_seconds_count"] == 12 * SOURCES / BATCH
     assert counts["run_start_delay_seconds_count:crawl"] == counts["run_duration_seconds_count:crawl"] == 12
+    ended = [line for line in worker.text().splitlines() if '"run.succeeded"' in line]
+    assert {(line["kind"], line["task_id"]) for line in map(json.loads, ended)} == {("crawl", 1)}
 
 
 def test_what_a_killed_child_counted_stays(stack: Stack) -> None:
