@@ -5,7 +5,7 @@ pulse wakes the run when its time has come. Decides nothing about state: the led
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from random import random
 from time import monotonic, sleep
 from typing import Final
@@ -14,6 +14,7 @@ from orchestrator.discovery import Answer, DiscoveryClient, RetryPolicy
 from orchestrator.domain import Attempt, AttemptOutcome, NoAttempt, WakeUp
 from orchestrator.errors import TransientError
 from orchestrator.ledger.analyses import LEASE_MARGIN, AnalysisLedger
+from orchestrator.measures import DISCOVERY_ATTEMPTS, DISCOVERY_DURATION
 from orchestrator.telemetry import Event, bound, logger
 
 _PAUSE: Final = 0.5  # seconds
@@ -73,7 +74,7 @@ class SiteAnalyser:
         deadline = self._clock() + self._slice_seconds
         turn: WakeUp | None = wake_up
         while turn is not None and self._clock() < deadline and (turn is wake_up or not self._stopping()):
-            with bound(run_id=str(turn.run_id)):
+            with bound(run_id=str(turn.run_id), **asdict(turn.arguments)):
                 attempt = self._ledger.begin_attempt(
                     turn.run_id,
                     node=node,
@@ -100,7 +101,9 @@ class SiteAnalyser:
         retry_in = None
         if answer.outcome is AttemptOutcome.RETRYABLE and self._policy.may_retry(attempt.retries_done):
             retry_in = self._policy.delay(attempt.retries_done + 1, answer.retry_after, random())  # noqa: S311 -- jitter, no secret
+        DISCOVERY_DURATION.observe(answer.seconds)
         self._finish(attempt, answer, retry_in)
+        DISCOVERY_ATTEMPTS.add(answer.outcome)
         _log.info(
             Event.ATTEMPT_FINISHED,
             number=attempt.number,

@@ -73,6 +73,7 @@ _termination: Final = _Termination()
 @signals.beat_init.connect
 def _prepare(**_: object) -> None:
     configure_logging(current().log)
+    bootstrap.observe(current().metrics.beat_port)
     _termination.install()
 
 

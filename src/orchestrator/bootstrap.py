@@ -14,7 +14,7 @@ from typing import Final
 
 from pydantic import SecretStr
 
-from orchestrator import migrations
+from orchestrator import measures, migrations, tracing
 from orchestrator.analysis import Caps, SiteAnalyser
 from orchestrator.catalog import Catalog
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, Sender, conninfo
@@ -29,7 +29,7 @@ from orchestrator.health import Attendance, BrokerWatch
 from orchestrator.insights import Insights
 from orchestrator.ledger import Ledger
 from orchestrator.pulse import Pulse
-from orchestrator.queues import PerThread, Publisher, Survey, postgres
+from orchestrator.queues import Observed, PerThread, Publisher, Survey, postgres
 from orchestrator.queues.postgres import PostgresPublisher
 from orchestrator.queues.rabbitmq import RabbitMQPublisher
 from orchestrator.rabbitmq import survey
@@ -139,7 +139,7 @@ def services() -> Services:
     database = _links.database(settings)
     catalog = Catalog(settings.catalog, settings.timezone)
     ledger = Ledger(database, catalog)
-    publisher = _links.publisher(settings, database)
+    publisher = _observed(_links.publisher(settings, database), settings)
     return Services(
         settings=settings,
         database=database,
@@ -180,6 +180,11 @@ def _survey(settings: Settings, database: Database) -> list[QueueStanding]:
     ]
 
 
+def _observed(publisher: Publisher, settings: Settings) -> Publisher:
+    system = "rabbitmq" if settings.extraction_transport == "amqp" else "postgresql"
+    return Observed(publisher, system=system, queue=settings.extraction_queue)
+
+
 def _broker_watch() -> BrokerWatch:
     # A sender of its own: the other's turn may take as long as the broker hangs.
     return BrokerWatch(_links.sender().probe)
@@ -192,6 +197,23 @@ def _timetable(settings: SchedulerSettings) -> Timetable:
         timedelta(seconds=settings.catch_up_window),
         settings.spread,
     )
+
+
+def observe(port: int | None) -> None:
+    """Count, serve the counts if there is a port, and make spans if they are asked for; before a pool forks."""
+    measures.begin()
+    tracing.enable()
+    if port is not None:
+        from orchestrator import metrics  # noqa: PLC0415 -- see metrics_text
+
+        metrics.serve(current().metrics.host, port)
+
+
+def metrics_text() -> bytes:
+    """Return what Prometheus is told by the API: the ledger's gauges, and what this process counted."""
+    from orchestrator import metrics  # noqa: PLC0415 -- its imports take longer than most commands
+
+    return metrics.exposition(services().database)
 
 
 # One byte of memory shared with the children of a prefork pool, whom no signal tells of a warm shutdown.

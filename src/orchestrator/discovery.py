@@ -28,6 +28,7 @@ import httpx2
 
 from orchestrator import __version__
 from orchestrator.domain import AttemptOutcome
+from orchestrator.tracing import SpanKind, span
 
 _RETRYABLE_BELOW_500: Final = frozenset({408, 425, 429})
 _LONGEST_RETRY_AFTER: Final = 366 * 86_400.0
@@ -201,6 +202,16 @@ class DiscoveryClient:
             theme_name: under which theme.
             traceparent: W3C trace context.
         """
+        attributes = {"http.request.method": "POST", "server.address": self._url.host, "orchestrator.run": str(run_id)}
+        with span("POST discover", SpanKind.CLIENT, traceparent, attributes) as calling:
+            answer = self._post(run_id, data_source_id, theme_name, calling.traceparent)
+            if answer.status is not None:
+                calling.note({"http.response.status_code": answer.status})
+            if answer.outcome is not AttemptOutcome.SUCCEEDED:
+                calling.fail(answer.code)
+        return answer
+
+    def _post(self, run_id: UUID, data_source_id: int, theme_name: str, traceparent: str) -> Answer:
         started = time.monotonic()
         client = self._opened()
         self._deadline.at = started + self._timeout

@@ -11,10 +11,11 @@ from typing import Final
 from uuid import UUID
 
 from orchestrator.catalog import Catalog
-from orchestrator.domain import TERMINAL, CrawlRun, ExtractionBatch, RunState, WakeUp
+from orchestrator.domain import TERMINAL, CrawlRun, DispatchState, ExtractionBatch, RunState, WakeUp
 from orchestrator.errors import PublishError, RefusedError
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.crawls import SHOWN_SKIPS
+from orchestrator.measures import DISPATCHES
 from orchestrator.queues import Publisher
 from orchestrator.telemetry import Event, logger
 
@@ -90,6 +91,7 @@ class FanOut:
         if counts is None:
             return
         total, skipped = counts
+        DISPATCHES.add(DispatchState.SKIPPED, times=skipped)
         _log.info(Event.RUN_MATERIALIZED, total=total, skipped=skipped, seconds=round(self._clock() - started, 3))
         if skipped:
             self._warn_of_skips(run, skipped)
@@ -133,6 +135,7 @@ class FanOut:
             batch = ExtractionBatch(run.run_id, run.task_id, run.traceparent, pending.sources)
             receipt = self._publisher.publish(batch, pending.transaction)
             state = pending.mark(receipt.confirmed)
+        DISPATCHES.add(DispatchState.PUBLISHED, times=len(receipt.confirmed))
         _log.debug(Event.BATCH_PUBLISHED, taken=len(pending.sources), confirmed=len(receipt.confirmed))
         if receipt.error is not None:
             raise receipt.error

@@ -361,6 +361,11 @@ class NewRun:
     not_before: datetime | None = None
 
     @property
+    def kind(self) -> RunKind:
+        """What it does."""
+        return RunKind.CRAWL if isinstance(self.arguments, CrawlArguments) else RunKind.SITE_ANALYSIS
+
+    @property
     def wake_up(self) -> "WakeUp":
         """The message to send about it first."""
         return WakeUp(self.run_id, self.arguments, self.traceparent)

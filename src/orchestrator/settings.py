@@ -216,6 +216,18 @@ class RetentionSettings(_Section):
     batch: int = Field(5_000, ge=1, le=100_000, description="rows deleted in one transaction")
 
 
+class MetricsSettings(_Section):
+    """Where workers and beats serve what they count; the API does so at /metrics."""
+
+    host: str = Field(
+        "127.0.0.1", min_length=1, max_length=255, description="address where workers and beats serve metrics"
+    )
+    worker_port: int | None = Field(
+        None, ge=0, le=65_535, description="port of a worker's metrics; 0: any that is free; unset: none are served"
+    )
+    beat_port: int | None = Field(None, ge=0, le=65_535, description="the same of a beat's")
+
+
 class LogSettings(_Section):
     """What is logged, and how."""
 
@@ -273,6 +285,7 @@ class Settings(BaseSettings):
     scheduler: SchedulerSettings = SchedulerSettings()
     api: ApiSettings = ApiSettings()
     retention: RetentionSettings = RetentionSettings()
+    metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")

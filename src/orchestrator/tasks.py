@@ -6,15 +6,18 @@ crash; a database that is away is waited for, message in hand.
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from time import monotonic, sleep
 from typing import Any, Final
+from uuid import UUID
 
 from celery.app.task import Context, Task
 from celery.exceptions import Reject
 
 from orchestrator.bootstrap import services, stopping
-from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, WAKE_NUMBER, app
+from orchestrator.celery_app import ANALYSIS_QUEUE, ANALYSIS_TASK, CRAWL_QUEUE, CRAWL_TASK, WAKE_NUMBER, app
 from orchestrator.domain import (
     AnalysisArguments,
     Arguments,
@@ -29,6 +32,7 @@ from orchestrator.domain import (
 )
 from orchestrator.errors import InvalidArgumentsError, PublishError, TransientError
 from orchestrator.telemetry import Event, bound, logger
+from orchestrator.tracing import SpanKind, span
 from orchestrator.worker import EXPIRES, NOT_BEFORE, this_node
 
 PATIENCE: Final = 120.0
@@ -55,7 +59,8 @@ def _crawl(request: Context, args: tuple[object, ...], kwargs: Mapping[str, obje
     new = _accept(request, RunKind.CRAWL, CrawlArguments, args, kwargs)
     if new is None:
         return
-    continuation = services().fan_out.deliver(new.run_id, _number(request))
+    with bound(**asdict(new.arguments)):
+        continuation = services().fan_out.deliver(new.run_id, _number(request))
     if continuation is not None:
         _wake(continuation)
 
@@ -154,10 +159,11 @@ def _patiently(request: Context, kind: RunKind, deliver: Callable[[], None]) -> 
     run_id, _ = run_id_of(str(request.id))
     give_up_at = monotonic() + PATIENCE
     pause = 0.5
-    with bound(run_id=str(run_id)):
+    with bound(run_id=str(run_id), kind=kind.value):
         while True:
             try:
-                deliver()
+                with _processing(request, kind, run_id):
+                    deliver()
             except TransientError as error:
                 _log.warning(Event.DATABASE_WAITING, code=error.code, error=str(error), delay=pause)
                 if monotonic() > give_up_at or stopping():
@@ -170,6 +176,19 @@ def _patiently(request: Context, kind: RunKind, deliver: Callable[[], None]) -> 
                 return
             else:
                 return
+
+
+def _processing(request: Context, kind: RunKind, run_id: UUID) -> AbstractContextManager[object]:
+    task, queue = (CRAWL_TASK, CRAWL_QUEUE) if kind is RunKind.CRAWL else (ANALYSIS_TASK, ANALYSIS_QUEUE)
+    attributes = {
+        "messaging.system": "rabbitmq" if services().settings.broker_transport == "amqp" else "postgresql",
+        "messaging.destination.name": queue,
+        "messaging.operation.type": "process",
+        "messaging.message.conversation_id": str(run_id),
+    }
+    # A wake-up carries what the ledger has of its run.
+    traceparent = traceparent_of(run_id, request.get("traceparent"))
+    return span(f"process {task.rpartition('.')[2]}", SpanKind.CONSUMER, traceparent, attributes)
 
 
 def _record_fault(request: Context, kind: RunKind, error: Exception) -> None:

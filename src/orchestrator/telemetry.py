@@ -102,6 +102,14 @@ class Event(StrEnum):
     """PostgreSQL has been at one statement for seconds and says that it still is: seconds, wait_event."""
     DATABASE_READY = "database.ready"
     """The wait is over."""
+    METRICS_SERVED = "metrics.served"
+    """A worker or a beat serves its metrics: host, port."""
+    METRICS_UNSERVED = "metrics.unserved"
+    """It cannot, and works without: host, port, error."""
+    METRICS_INCOMPLETE = "metrics.incomplete"
+    """The ledger did not answer a scrape, which lacks its gauges: code, error."""
+    TRACING_UNAVAILABLE = "tracing.unavailable"
+    """Spans are asked for, and the extra that makes them is not installed: error."""
 
 
 _SHARED: Final[list[structlog.typing.Processor]] = [

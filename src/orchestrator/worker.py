@@ -24,11 +24,12 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Connection, Message
 from kombu.utils.json import dumps
 
-from orchestrator import bootstrap
+from orchestrator import bootstrap, tracing
 from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, WAKE_NUMBER, Sender, app, declare_topology
 from orchestrator.domain import Node, storable
 from orchestrator.errors import ConfigurationError, PublishError
 from orchestrator.health import ABSENT_AFTER, Attendance, BrokerWatch
+from orchestrator.measures import DEAD_LETTERS
 from orchestrator.pulse import Pulse
 from orchestrator.rabbitmq import UNREADABLE, break_off, socket_of
 from orchestrator.settings import current
@@ -79,6 +80,7 @@ def _prepare(sender: Any, **_: object) -> None:
         raise SystemExit(2) from None
     # Celery's name is the same for every default worker of a host; a heartbeat is one process's.
     name = f"{sender.hostname}:{os.getpid()}"
+    bootstrap.observe(current().metrics.worker_port)
     solo = "solo" in str(sender.pool_cls)
     concurrency = 1 if solo else sender.concurrency
     _node = Node(name, "worker", tuple(app.amqp.queues.consume_from), concurrency, socket.gethostname())
@@ -94,8 +96,14 @@ def _end_slices(**_: object) -> None:
     bootstrap.stop_soon()
 
 
+@signals.worker_process_shutdown.connect
+def _end_child(**_: object) -> None:
+    tracing.flush()
+
+
 @signals.worker_shutdown.connect
 def _leave(**_: object) -> None:
+    tracing.flush()
     bootstrap.home.close()
 
 
@@ -283,6 +291,7 @@ class Consumer(CeleryConsumer):
             self._requeue_later(message)
             return
         message.ack_log_error(_log, self.connection_errors)
+        DEAD_LETTERS.add()
         task = str(message.headers.get("task", ""))[:200]
         _log.error(
             Event.MESSAGE_DEAD_LETTERED, reason=reason, task=task, message_id=message.properties.get("message_id")

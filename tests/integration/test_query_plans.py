@@ -11,6 +11,7 @@ import pytest
 from psycopg.rows import dict_row
 from sqlalchemy import event
 
+from orchestrator import metrics
 from orchestrator.domain import DispatchState, RunKind, RunState, Trigger
 from orchestrator.insights import Insights, RunFilter
 from tests.support.ledgers import Workbench, template
@@ -46,6 +47,12 @@ INSERT INTO orchestrator.dispatches (run_id, data_source_id, crawl_config_id, st
 SELECT lpad(to_hex(run), 32, '0')::uuid, source, source,
        CASE WHEN source <= 75000 OR run = 2 THEN 'published' ELSE 'pending' END
 FROM unnest(ARRAY[1, 2, 10]) AS run, generate_series(1, 100000) AS source
+"""
+_SCHEDULES: Final = """
+INSERT INTO orchestrator.schedules (task_id, text, zone, active, rules, canonical, problem, next_fire_at)
+SELECT n, 'x', 'UTC', true, '', CASE WHEN n > 20 THEN 'x' END, CASE WHEN n <= 20 THEN 'no' END,
+       CASE WHEN n > 20 THEN now() + make_interval(secs => n) END
+FROM generate_series(1, 20000) AS n
 """
 
 
@@ -305,3 +312,15 @@ def test_one_run_and_its_parts_are_found_by_their_keys(bench: Workbench) -> None
 
     Explained(bench, lambda: insights.run(RUN)).assert_by("runs", "runs_pkey", looked_at=1)
     Explained(bench, lambda: bench.ledger.crawls.begin(RUN)).assert_by("runs", "runs_pkey", "ModifyTable", looked_at=1)
+
+
+def test_a_scrape_costs_the_same_however_long_the_history(bench: Workbench) -> None:
+    with psycopg.connect(bench.url, autocommit=True) as connection:
+        connection.execute(_SCHEDULES)
+        connection.execute("VACUUM ANALYZE orchestrator.schedules")
+
+    explained = Explained(bench, lambda: metrics.exposition(bench.database))
+
+    # What is unfinished, a tenth, is counted; the nine tenths that are over are not looked at.
+    explained.assert_by("runs", "runs_state_created_at_id_idx", looked_at=20_000)
+    explained.assert_by("schedules", "schedules_problem_idx", "schedules_next_fire_at_task_id_idx", looked_at=20)

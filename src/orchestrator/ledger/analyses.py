@@ -22,6 +22,7 @@ from orchestrator.ledger.transitions import (
     wake_up_of,
     workable,
 )
+from orchestrator.measures import DISCOVERY_ATTEMPTS
 from orchestrator.schema import attempts, runs
 from orchestrator.telemetry import Event, logger
 
@@ -168,6 +169,7 @@ def _lose_expired(connection: Connection, run: Row[Any]) -> bool:
         .where(attempts.c.run_id == run.id, attempts.c.number == open_attempt.number, attempts.c.finished_at.is_(None))
         .values(finished_at=clock, outcome=AttemptOutcome.LOST, code="lost", message=_LOST)
     )
+    DISCOVERY_ATTEMPTS.add(AttemptOutcome.LOST)
     _log.warning(Event.ATTEMPT_LOST, run_id=str(run.id), number=open_attempt.number)
     return True
 

@@ -3,7 +3,9 @@
 Knows that a crawl run has rows to skip and a plan to complete, and nothing of how they are published.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, cast
 from uuid import UUID, uuid4
 
@@ -34,6 +36,7 @@ from orchestrator.ledger.transitions import (
     backoff,
     clock,
     complete_crawl,
+    count_created,
     end,
     from_now,
     identity_of,
@@ -45,6 +48,7 @@ from orchestrator.ledger.transitions import (
     transition,
     wake_up_of,
 )
+from orchestrator.measures import DISPATCHES, RUNS_FINISHED, SWEEPER_CORRECTIONS
 from orchestrator.schema import audit_events, dispatches, outbox, runs
 from orchestrator.telemetry import Event, logger
 
@@ -100,7 +104,8 @@ class RunLedger:
         for new, created, kept in accepted:
             run_id = str(new.run_id)
             if created:
-                _log.info(Event.RUN_ACCEPTED, run_id=run_id, kind=identity_of(new)["kind"], trigger=new.trigger)
+                count_created(new.kind, new.trigger)
+                _log.info(Event.RUN_ACCEPTED, run_id=run_id, kind=new.kind, trigger=new.trigger)
             elif kept != new.arguments:
                 _log.warning(
                     Event.RUN_ID_CONFLICT, run_id=run_id, kept=repr(kept)[:200], ignored=repr(new.arguments)[:200]
@@ -160,6 +165,10 @@ class RunLedger:
         ended = {"state": state, "error_code": code, "error_message": message, "finished_at": clock}
         with self._database.transaction() as connection:
             created = insert_run(connection, values | ended)
+        if created:
+            kind, trigger = RunKind(str(values["kind"])), Trigger(str(values["trigger"]))
+            count_created(kind, trigger)
+            RUNS_FINISHED.add(kind, state)
         if created and state is RunState.FAILED:
             _log.warning(Event.RUN_ARGUMENTS_INVALID, run_id=str(values["id"]), code=code, error=message)
 
@@ -218,6 +227,7 @@ class RunLedger:
             if run is None:
                 raise illegal(before, "canceled")
             _audit(connection, actor, "cancel", before, RunState.CANCELED, reason)
+        announce(run)
         # In short transactions: workers in mid-batch wait for the run's row, with confirmed messages in hand.
         skipped = 0
         while within is None and (count := self._skip_some(run_id)):
@@ -226,7 +236,9 @@ class RunLedger:
 
     def _skip_some(self, run_id: UUID) -> int:
         with self._database.transaction() as connection:
-            return _skip_pending(connection, run_id)
+            skipped = _skip_pending(connection, run_id)
+        DISPATCHES.add(DispatchState.SKIPPED, times=skipped)
+        return skipped
 
     def revive(
         self, run_id: UUID, *, actor: str, reason: str | None = None, within: Connection | None = None
@@ -307,15 +319,16 @@ class RunLedger:
             if not connection.scalar(select(func.pg_try_advisory_xact_lock(lock_key(self._database.schema, "pulse")))):
                 return None
             _take_over_unsent(connection)
-            due, waking = _claim_due(connection, limit)
-        if waking:
+            due = _claim_due(connection, limit)
+        due.measure()
+        if due.waking:
             try:
-                enqueue(waking)
+                enqueue(due.waking)
             except OrchestratorError:
-                self._give_back(waking)
+                self._give_back(due.waking)
                 raise
-            self.mark_enqueued([wake_up.run_id for wake_up in waking])
-        return due
+            self.mark_enqueued([wake_up.run_id for wake_up in due.waking])
+        return due.count
 
     def _give_back(self, waking: Sequence[WakeUp]) -> None:
         """Make runs due again whose wake-up may not have been sent; one that was delivered is left alone."""
@@ -329,6 +342,28 @@ class RunLedger:
                 )
                 .values(wakes=runs.c.wakes - 1, wake_at=clock)
             )
+
+
+@dataclass(slots=True)
+class _Due:
+    """What became of the runs that were due."""
+
+    count: int
+    waking: Sequence[WakeUp] = ()
+    late: Counter[str] = field(default_factory=Counter)
+    """By their state, those of ``waking`` that no wait of theirs explains."""
+    completed: list[Row[Any]] = field(default_factory=list)
+    skipped: int = 0
+    """Dispatches of canceled runs."""
+
+    def measure(self) -> None:
+        """Count and log what was committed."""
+        for state, runs_ in self.late.items():
+            SWEEPER_CORRECTIONS.add(state, state, times=runs_)
+        SWEEPER_CORRECTIONS.add(RunState.RUNNING, RunState.SUCCEEDED, times=len(self.completed))
+        for run in self.completed:
+            announce(run)
+        DISPATCHES.add(DispatchState.SKIPPED, times=self.skipped)
 
 
 # --- Parts of transactions ---------------------------------------------------------------------------------
@@ -380,8 +415,8 @@ def _skip_pending(connection: Connection, run_id: UUID) -> int:
     return skipped
 
 
-def _claim_due(connection: Connection, limit: int) -> tuple[int, list[WakeUp]]:
-    """Take what is due; return how many that were, and the wake-ups to send, each not due again for a while."""
+def _claim_due(connection: Connection, limit: int) -> _Due:
+    """Take what is due; return also the wake-ups to send, each not due again for a while."""
     due = connection.execute(
         select(runs)
         .where(runs.c.wake_at <= now)
@@ -389,21 +424,29 @@ def _claim_due(connection: Connection, limit: int) -> tuple[int, list[WakeUp]]:
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
+    taken = _Due(len(due))
+    waking = []
     for run in due:
         if run.state == RunState.CANCELED:
-            _skip_pending(connection, run.id)
-    waking = [run for run in due if run.state in UNFINISHED and not _complete_if_done(connection, run)]
+            taken.skipped += _skip_pending(connection, run.id)
+        elif run.state in UNFINISHED:
+            if (completed := _complete_if_done(connection, run)) is not None:
+                taken.completed.append(completed)
+            else:
+                waking.append(run)
     if not waking:
-        return len(due), []
+        return taken
     claimed = connection.execute(
         update(runs)
         .where(runs.c.id.in_([run.id for run in waking]))
         .values(wakes=runs.c.wakes + 1, wake_number=runs.c.wake_number + 1, wake_at=from_now(backoff(LONGEST_SILENCE)))
         .returning(runs)
     ).all()
+    taken.late.update(run.state for run in waking if run.next_attempt_at is None and run.awaits_slot is None)
     rank = {run.id: place for place, run in enumerate(waking)}
     oldest_first = sorted(claimed, key=lambda run: rank[run.id])
-    return len(due), [wake_up for run in oldest_first if (wake_up := _wake_up_or_fail(connection, run)) is not None]
+    taken.waking = [wake_up for run in oldest_first if (wake_up := _wake_up_or_fail(connection, run)) is not None]
+    return taken
 
 
 def _wake_up_or_fail(connection: Connection, run: Row[Any]) -> WakeUp | None:
@@ -417,11 +460,11 @@ def _wake_up_or_fail(connection: Connection, run: Row[Any]) -> WakeUp | None:
         return None
 
 
-def _complete_if_done(connection: Connection, run: Row[Any]) -> bool:
+def _complete_if_done(connection: Connection, run: Row[Any]) -> Row[Any] | None:
     """End a silent crawl run that has nothing pending: its last worker died between batch and completion."""
     if run.kind != RunKind.CRAWL or run.state != RunState.RUNNING or run.published + run.skipped < run.total:
-        return False
-    return complete_crawl(connection, run.id) is not None
+        return None
+    return complete_crawl(connection, run.id)
 
 
 def _unfinished_of(connection: Connection, task_id: int) -> UUID | None:

@@ -7,6 +7,7 @@ one. The moments of a decision come from one clock, the database's.
 Deliberately unknown here: what a schedule's text means, and which slots fire; a :class:`Reader` and the engine say so.
 """
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ from orchestrator.domain import (
 )
 from orchestrator.errors import IllegalTransitionError, ScheduleNotFoundError, UnreadableScheduleError
 from orchestrator.ledger.transitions import ENQUEUE_GRACE, SILENCE, from_now
+from orchestrator.measures import RUNS_CREATED, SCHEDULE_FIRES, SCHEDULE_LAG
 from orchestrator.schema import (
     audit_events,
     catalog_watch,
@@ -183,6 +185,16 @@ class Claim:
         slot = schedule.next_fire_at
         self._firings.append(Firing(schedule.task_id, slot, FiringOutcome.SKIPPED, FiringReason.INVALID, through))
         self._problems[schedule.task_id] = problem
+
+    def measure(self) -> None:
+        """Count what was committed."""
+        RUNS_CREATED.add(RunKind.CRAWL, Trigger.SCHEDULE, times=len(self.unsent.wake_ups))
+        for outcome, times in Counter(slot.outcome for slot in self._firings).items():
+            SCHEDULE_FIRES.add(outcome, times=times)
+        # Thousands have their slot at the same moment.
+        started = Counter(slot.scheduled_for for slot in self._firings if slot.outcome is FiringOutcome.STARTED)
+        for moment, times in started.items():
+            SCHEDULE_LAG.observe((self.now - moment).total_seconds(), times=times)
 
 
 class ScheduleLedger:
@@ -348,6 +360,7 @@ class ScheduleLedger:
                 unclaimed.append(_unclaimed(row, reading, reader, now))
         _warn(readings)
         _write_firings(connection, unclaimed, now, by)
+        SCHEDULE_FIRES.add(FiringOutcome.SKIPPED, times=len(unclaimed))
         replaced = {row.our_task_id for row in past}
         connection.execute(_KEEP, {"ids": list(replaced), "now": now})
         connection.execute(_UPDATE_READINGS, _columns(readings, replaced) | {"rules": reader.rules, "now": now})
@@ -388,6 +401,7 @@ class ScheduleLedger:
             claim = self._claim(connection, taken, reader, now, by) if taken else Claim(now)
             yield claim
             claim.unsent = _commit(connection, claim, by)
+        claim.measure()
 
     def _claim(
         self, connection: Connection, taken: dict[int, Row[Any]], reader: Reader, now: datetime, by: str

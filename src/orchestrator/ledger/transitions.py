@@ -20,10 +20,12 @@ from orchestrator.domain import (
     NewRun,
     RunKind,
     RunState,
+    Trigger,
     WakeUp,
     sources_of,
 )
 from orchestrator.errors import IllegalTransitionError, RunNotFoundError
+from orchestrator.measures import RUN_DURATION, RUN_START_DELAY, RUNS_CREATED, RUNS_FINISHED
 from orchestrator.schema import dispatches, run_events, runs
 from orchestrator.telemetry import Event, logger
 
@@ -45,6 +47,19 @@ def from_now(seconds: float | ColumnElement[Any]) -> ColumnElement[Any]:
     """Return the moment that is so many seconds away."""
     return clock + _SECOND * seconds
 
+
+# A subquery still sees the row as it was before the statement.
+_before: Final = runs.alias("before")
+_WAITED: Final = (
+    select(func.extract("epoch", clock - func.coalesce(_before.c.next_attempt_at, _before.c.created_at)))
+    .where(_before.c.id == runs.c.id, _before.c.started_at.is_(None))
+    .correlate(runs)
+    .scalar_subquery()
+    .label("waited")
+)
+"""Seconds that a run could have been running before it was; null: it had been started before."""
+# Whoever makes these may be a command line that is gone before anybody asks it what it counted.
+_COUNTED_WHEN_STARTED: Final = frozenset({Trigger.CLI, Trigger.BACKFILL})
 
 _EVENTS: Final = {
     RunState.QUEUED: Event.RUN_REVIVED,
@@ -150,6 +165,7 @@ def begin(
     }
     run = transition(connection, run_id, RunState.RUNNING, None, None, workable(kind), *conditions, **moved)
     if run is not None:
+        _measure_start(run)
         return run
     again = update(runs).where(runs.c.id == run_id, runs.c.state == RunState.RUNNING, workable(kind), *conditions)
     return connection.execute(again.values(moved).returning(runs)).one_or_none()
@@ -171,7 +187,7 @@ def transition(
         update(runs)
         .where(runs.c.id == run_id, runs.c.state.in_(sources_of(target)), *conditions)
         .values(state=target, **values)
-        .returning(runs)
+        .returning(runs, _WAITED)
     ).one_or_none()
     if run is not None:
         _record(connection, run, _EVENTS[target], code, message)
@@ -199,10 +215,33 @@ def _record(connection: Connection, run: Row[Any], event: Event, code: str | Non
     )
 
 
+def count_created(kind: RunKind, trigger: Trigger) -> None:
+    """Count a run that was committed."""
+    if trigger not in _COUNTED_WHEN_STARTED:
+        RUNS_CREATED.add(kind, trigger)
+
+
+def _measure_start(run: Row[Any]) -> None:
+    if run.waited is None:
+        return
+    RUN_START_DELAY.observe(float(run.waited), run.kind)
+    if run.trigger in _COUNTED_WHEN_STARTED:
+        RUNS_CREATED.add(run.kind, run.trigger)
+
+
+def _measure_end(run: Row[Any]) -> None:
+    if run.finished_at is None:
+        return
+    RUNS_FINISHED.add(run.kind, run.state)
+    if run.started_at is not None:
+        RUN_DURATION.observe((run.finished_at - run.started_at).total_seconds(), run.kind)
+
+
 def announce(run: Row[Any] | None) -> None:
-    """Log how a run now stands, if it changed."""
+    """Log and count how a run now stands, if it changed."""
     if run is None:
         return
+    _measure_end(run)
     run_id, counts = str(run.id), {"total": run.total, "published": run.published, "skipped": run.skipped}
     match run.state:
         case RunState.SUCCEEDED:

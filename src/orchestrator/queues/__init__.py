@@ -7,14 +7,16 @@ against both. A publisher knows nothing of runs' states, of the ledger or of ret
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
 
 from sqlalchemy import Connection
 
 from orchestrator.domain import ExtractionBatch, QueueStanding
-from orchestrator.errors import PublishError
+from orchestrator.errors import PublishError, QueueMissingError
+from orchestrator.measures import PUBLISH_DURATION, PUBLISH_RETURNED
+from orchestrator.tracing import SpanKind, span
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +131,50 @@ class Survey:
                 self._answer = self._ask()
                 self._good_until = self._clock() + self._lasts
             return self._answer
+
+
+class Observed:
+    """A publisher that is watched at work: how long a batch takes, what is returned, and a span for each batch.
+
+    Args:
+        publisher: does the work.
+        system: the broker's kind, as OpenTelemetry calls it.
+        queue: where the messages go.
+    """
+
+    def __init__(self, publisher: Publisher, *, system: str, queue: str) -> None:
+        self._publisher = publisher
+        self._system = system
+        self._queue = queue
+
+    def prepare(self) -> None:
+        """See :class:`Publisher`."""
+        self._publisher.prepare()
+
+    def publish(self, batch: ExtractionBatch, transaction: Connection) -> Receipt:
+        """See :class:`Publisher`."""
+        attributes: dict[str, str | int] = {
+            "messaging.system": self._system,
+            "messaging.destination.name": self._queue,
+            "messaging.operation.type": "send",
+            "messaging.batch.message_count": len(batch.sources),
+            "messaging.message.conversation_id": str(batch.run_id),
+        }
+        began_at = monotonic()
+        with span(f"publish {self._queue}", SpanKind.PRODUCER, batch.traceparent, attributes) as publishing:
+            sent = replace(batch, traceparent=publishing.traceparent)
+            receipt = self._publisher.publish(sent, transaction)
+            if receipt.error is not None:
+                publishing.fail(receipt.error.code)
+        PUBLISH_DURATION.observe(monotonic() - began_at)
+        if isinstance(receipt.error, QueueMissingError):
+            PUBLISH_RETURNED.add(times=len(batch.sources) - len(receipt.confirmed))
+        return receipt
+
+    def check(self) -> str:
+        """See :class:`Publisher`."""
+        return self._publisher.check()
+
+    def close(self) -> None:
+        """See :class:`Publisher`."""
+        self._publisher.close()
