@@ -356,6 +356,14 @@ def test_health_is_for_everybody(api: Api) -> None:
     assert api.get("/readyz", None).json()["status"] == "ok"
 
 
+def test_prometheus_reads_with_a_viewers_key(api: Api, task: int) -> None:
+    started(api.post("/v1/runs", {"task_id": task}))
+    answer = api.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert 'orchestrator_runs_active{state="queued"}' in answer.text
+    problem_of(api.get("/metrics", None), 401, "unauthenticated")
+
+
 def test_every_answer_has_the_headers_that_keep_browsers_from_harm(api: Api) -> None:
     for path in ("/healthz", "/v1/runs", "/v1/nothing"):
         headers = api.get(path, None).headers

@@ -62,6 +62,7 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(routes.router, prefix="/v1")
     app.include_router(operations.open_to_all)
     settings = services.settings.api
+    app.include_router(operations.open_metrics if settings.open_metrics else operations.unversioned.router)
     app.add_middleware(_Limits, most=settings.max_body)
     if settings.cors_origins:
         app.add_middleware(

@@ -4,8 +4,9 @@ from http import HTTPStatus
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Response
+from fastapi.responses import PlainTextResponse
 
-from orchestrator import __version__, migrations
+from orchestrator import __version__, metrics, migrations
 from orchestrator.api import pages, schemas
 from orchestrator.api.problems import problems
 from orchestrator.api.security import Ours, Routes
@@ -14,6 +15,8 @@ from orchestrator.errors import TransientError
 from orchestrator.insights import AuditFilter
 
 routes: Final = Routes("operations")
+unversioned: Final = Routes("operations")
+open_metrics: Final = APIRouter(tags=["operations"])
 open_to_all: Final = APIRouter(tags=["health"])
 
 
@@ -37,6 +40,18 @@ def list_audit_events(ours: Ours, query: Annotated[schemas.AuditQuery, Query()])
     items, following = pages.paged(found, query.limit, lambda each: (each.id,), query.filters)
     shown = list(map(schemas.AuditEvent.model_validate, items))
     return schemas.Page[schemas.AuditEvent](items=shown, next_cursor=following)
+
+
+# --- Without a version -------------------------------------------------------------------------------------------
+
+
+def metrics_text(ours: Ours) -> Response:
+    """Return what Prometheus scrapes: gauges of the ledger, and what this process counted."""
+    return Response(metrics.exposition(ours.database), media_type=metrics.CONTENT_TYPE)
+
+
+unversioned.get("/metrics", response_class=PlainTextResponse, responses=problems())(metrics_text)
+open_metrics.get("/metrics", response_class=PlainTextResponse)(metrics_text)
 
 
 # --- For everybody -----------------------------------------------------------------------------------------------
