@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.domain import CrawlArguments, Node, RunState, slot_run_id
 from orchestrator.errors import DatabaseUnavailableError, IllegalTransitionError, QueueMissingError, RunNotFoundError
+from orchestrator.explain import Verdict, why
 from orchestrator.insights import Insights
 from orchestrator.ledger.requests import Reply, Request
 from orchestrator.pulse import Pulse
