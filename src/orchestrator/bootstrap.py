@@ -64,7 +64,10 @@ class Services:
             idle = None if node().queues else "it was told to take messages from no queue"
             return Health("it is stopping" if stopping() else attendance.problem or idle, watch.degraded)
 
-        return Pulse(self.ledger, self.sender.wake, node, health=health), watch
+        kept = self.settings.retention
+        # Not by beats, whose ticks would wait for it.
+        forget = partial(self.ledger.retention.forget, kept.days, kept.batch)
+        return Pulse(self.ledger, self.sender.wake, node, health=health, forget=forget), watch
 
     def beat(self, node: Node) -> tuple[FiringEngine, Pulse, BrokerWatch]:
         """Make what a beat does each tick; its heartbeats say what keeps schedules from firing."""

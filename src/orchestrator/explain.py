@@ -50,7 +50,7 @@ class Verdict(StrEnum):
     NOT_DUE_YET = "not_due_yet"
     NOT_CLAIMED_YET = "not_claimed_yet"
     NOT_RECORDED = "not_recorded"
-    """It was a slot, and the ledger has no record of it (any more)."""
+    """It was a slot, or may have been one, and the ledger has no record of it (any more)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +246,8 @@ class _Inquiry:
             return Verdict.DELETED, self._deleted(self._last)
         if self._next is None:
             return Verdict.UNKNOWN_TASK, self._unknown()
+        if self._schedule is not None and self._schedule.first_seen_at <= self._at:
+            return Verdict.NOT_RECORDED, self._forgotten()
         first = (
             f"It did not run: crawl task {self._task_id} was first noticed at {self._moment(self._next.since)}, "
             f"and nothing fires for moments before that."
@@ -256,6 +258,12 @@ class _Inquiry:
         yield f"No crawl task {self._task_id} was ever noticed: there is no such row, or no beat has looked since."
         if not any(node.alive for node in self._insights.nodes() if node.kind == "beat"):
             yield from self._held_up()
+
+    def _forgotten(self) -> Iterator[str]:
+        yield (
+            f"Nothing tells whether {self._moment()} was a slot, nor what became of it: the ledger does not reach back "
+            f"so far any more."
+        )
 
     def _deleted(self, last: ReadingView) -> Iterator[str]:
         yield f"It did not run: crawl task {self._task_id} had been deleted, noticed at {self._moment(last.until)}."

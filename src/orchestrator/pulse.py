@@ -1,5 +1,7 @@
 """The pulse: about once a second, in every worker and every beat, wake what is due and show a sign of life.
 
+Workers also delete, about once a minute, what is over and old.
+
 One maintenance loop, one file. One process at a time does the waking (an advisory lock in the ledger);
 which one does not matter, so workers alone heal themselves. It asks for no proof of death: a spurious
 wake-up only adds a helper.
@@ -21,6 +23,8 @@ PERIOD: Final = 1.0  # seconds
 HEARTBEAT: Final = 5.0  # seconds
 BATCH: Final = 200
 _ROUND: Final = 5.0  # seconds; a long list of due runs leaves room for the heartbeat
+_FORGETTING: Final = 60.0  # seconds between looks for what is old
+_FORGETTING_ROUND: Final = 0.5  # seconds of a round that it takes; what is left is for the next one
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the database or the broker is down
 
 _log = logger(__name__)
@@ -36,6 +40,7 @@ class Pulse:
         health: tells how the node is; written with its heartbeat.
         heartbeat: seconds between heartbeats.
         stopping: tells that a round should end at the next opportunity.
+        forget: deletes a batch of what is old, and tells whether there is more; none: others do.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Pulse:
         health: Callable[[], Health] = Health,
         heartbeat: float = HEARTBEAT,
         stopping: Callable[[], bool] = lambda: False,
+        forget: Callable[[], bool] | None = None,
     ) -> None:
         self._ledger = ledger
         self._enqueue = enqueue
@@ -54,6 +60,8 @@ class Pulse:
         self._health = health
         self._heartbeat = heartbeat
         self._stopping = stopping
+        self._forget = forget
+        self._forget_at = 0.0
         self._seen_at = 0.0
         self._told: Health | None = None
         self._wake_at = 0.0
@@ -67,6 +75,7 @@ class Pulse:
             if monotonic() >= self._wake_at:
                 self._wake()
                 self._failures = 0
+                self._forget_some()
         except TransientError as error:
             _log.warning(Event.PULSE_FAILED, code=error.code, error=str(error), delay=self._pause())
         except Exception:  # noqa: BLE001 -- it heals everything else, so nothing may end it
@@ -105,3 +114,17 @@ class Pulse:
             _log.info(Event.PULSE_WOKE, count=count)
             if count < BATCH or monotonic() > deadline or self._stopping():
                 return
+
+    def _forget_some(self) -> None:
+        """Delete what is old for a moment: whoever waits to be woken must not wait for it."""
+        if self._forget is None or monotonic() < self._forget_at:
+            return
+        deadline = monotonic() + _FORGETTING_ROUND
+        self._forget_at = monotonic() + _FORGETTING
+        try:
+            while self._forget() and not self._stopping():
+                if monotonic() > deadline:
+                    self._forget_at = 0.0
+                    return
+        except TransientError as error:
+            _log.warning(Event.FORGETTING_FAILED, code=error.code, error=str(error))

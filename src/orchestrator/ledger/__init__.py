@@ -5,7 +5,7 @@ clock. The concurrency contract, for every caller:
 
 - Any number of processes may call any method at the same time, and any call may be repeated.
 - Lock order: a run's dispatches before the run's row, and dispatches only with SKIP LOCKED; the run's row before
-  its attempts.
+  its attempts. Who deletes a run takes its row first, with SKIP LOCKED: nobody works on its dispatches any more.
 - No lock outlives its transaction; a frozen process loses its session, and so its locks, after 30 s.
 - Every run that is not over has ``wake_at`` in the future, or the pulse is about to wake it.
 
@@ -21,6 +21,7 @@ One module a story; no story knows another:
 - ``nodes``: signs of life.
 - ``keys``: who may use the HTTP API.
 - ``requests``: answers that are kept, so that a request may be repeated.
+- ``retention``: what is over and old is deleted.
 - ``transitions``: the steps of a transaction that several of them share.
 """
 
@@ -31,6 +32,7 @@ from orchestrator.ledger.crawls import CrawlLedger
 from orchestrator.ledger.keys import KeyLedger
 from orchestrator.ledger.nodes import NodeLedger
 from orchestrator.ledger.requests import RequestLedger
+from orchestrator.ledger.retention import RetentionLedger
 from orchestrator.ledger.runs import RunLedger
 from orchestrator.ledger.schedules import Clock, ScheduleLedger, database_clock
 
@@ -54,6 +56,7 @@ class Ledger:
         nodes: workers and beats.
         keys: API keys.
         requests: what was answered to requests that may be repeated.
+        retention: deletes what is old.
     """
 
     def __init__(self, database: Database, catalog: Catalog, clock: Clock = database_clock) -> None:
@@ -64,3 +67,4 @@ class Ledger:
         self.nodes = NodeLedger(database)
         self.keys = KeyLedger(database)
         self.requests = RequestLedger(database)
+        self.retention = RetentionLedger(database)

@@ -254,6 +254,8 @@ class RunLedger:
             arguments = arguments_of(before)
             if arguments is None:
                 raise IllegalTransitionError(f"run {run_id} has no usable arguments; start a new one")
+            if before.forgotten_at is not None:
+                raise IllegalTransitionError(f"run {run_id} is old and being deleted; start a new one")
             run = transition(
                 connection,
                 run_id,
