@@ -73,9 +73,7 @@ def report(what: str, took: list[float], statuses: list[int], seconds: float, *,
     rate = len(took) / seconds
     remarks = "" if p95 <= TARGET and rate >= wanted else "   over the target"
     remarks += f"   statuses {wrong}" if wrong else ""
-    say(
-        f"{what:52}{rate:10.0f}{statistics.median(took):10.1f}{p95:10.1f}{over}{f'   statuses {wrong}' if wrong else ''}"
-    )
+    say(f"{what:52}{rate:10.0f}{statistics.median(took):10.1f}{p95:10.1f}{remarks}")
 
 
 def say(line: str) -> None:
