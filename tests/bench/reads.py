@@ -250,9 +250,8 @@ class Reader:
 def report(what: str, took: Sequence[float], blocks: int | None = None) -> None:
     p95 = statistics.quantiles(took, n=20)[-1] if len(took) > 1 else took[0]
     counted = "" if blocks is None else f"{blocks:,}"
-    say(
-        f"{what:56}{statistics.median(took):10.2f}{p95:10.2f}{counted:>10}{'' if p95 <= TARGET else '   over the target'}"
-    )
+    over = "" if p95 <= TARGET else "   over the target"
+    say(f"{what:56}{statistics.median(took):10.2f}{p95:10.2f}{counted:>10}{over}")
 
 
 def say(line: str) -> None:
