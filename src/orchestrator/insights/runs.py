@@ -38,7 +38,7 @@ from orchestrator.domain import (
 from orchestrator.errors import InvalidArgumentsError, RunNotFoundError
 from orchestrator.schema import attempts, dispatches, run_events, runs
 
-MANY_RUNS: Final = 10_000
+MANY_RUNS: Final = 5_000
 """Runs of one data source up to which all of them are looked at to find the newest ones."""
 
 
