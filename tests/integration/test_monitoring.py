@@ -128,3 +128,102 @@ def test_the_page_lists_every_metric_with_type_and_labels(bench: Workbench) -> N
     assert {name: text.strip() for name, text in listed.items()} == {
         name: text.strip() for name, text in exposed.items()
     }
+
+
+# An alert, the series by which it fires in twenty minutes, a value a minute, and the labels that it then has.
+_STORIES: Final[list[tuple[str, dict[str, str], dict[str, str]]]] = [
+    ("OrchestratorUnobserved", {"orchestrator_ledger_up": "0x30"}, {}),
+    ("OrchestratorSlotsMissed", {'orchestrator_schedule_fires_total{outcome="missed"}': "0x10 1x20"}, {}),
+    ("OrchestratorBeatSilent", {"orchestrator_scheduler_last_tick_timestamp_seconds": "0x30"}, {}),
+    ("OrchestratorSlotsUnclaimed", {"orchestrator_oldest_due_slot_age_seconds": "0+10x30"}, {}),
+    ("OrchestratorSchedulesInvalid", {"orchestrator_schedules_invalid": "3x30"}, {}),
+    (
+        "OrchestratorStartsLate",
+        {
+            'orchestrator_run_start_delay_seconds_bucket{kind="crawl",le="30.0"}': "0+90x30",
+            'orchestrator_run_start_delay_seconds_count{kind="crawl"}': "0+100x30",
+        },
+        {},
+    ),
+    (
+        "OrchestratorStartsLateForHours",
+        {
+            'orchestrator_run_start_delay_seconds_bucket{kind="crawl",le="30.0"}': "0+99x30",
+            'orchestrator_run_start_delay_seconds_count{kind="crawl"}': "0+100x30",
+        },
+        {},
+    ),
+    (
+        "OrchestratorNoWorker",
+        {
+            'orchestrator_runs_active{state="queued"}': "5x30",
+            'orchestrator_nodes{kind="worker",status="ready"}': "0x30",
+            'orchestrator_nodes{kind="worker",status="silent"}': "2x30",
+        },
+        {},
+    ),
+    (
+        "OrchestratorRunStuck",
+        {
+            "orchestrator_oldest_active_run_age_seconds": "700+60x30",
+            'orchestrator_run_duration_seconds_bucket{kind="crawl",le="1.0"}': "0+10x30",
+            'orchestrator_run_duration_seconds_bucket{kind="crawl",le="+Inf"}': "0+10x30",
+        },
+        {},
+    ),
+    (
+        "OrchestratorRunsFail",
+        {
+            'orchestrator_runs_finished_total{kind="crawl",outcome="failed"}': "0+1x30",
+            'orchestrator_runs_finished_total{kind="crawl",outcome="succeeded"}': "0+2x30",
+        },
+        {"kind": "crawl"},
+    ),
+    ("OrchestratorDispatchesWait", {"orchestrator_oldest_pending_dispatch_age_seconds": "0+60x30"}, {}),
+    ("OrchestratorMessagesReturned", {"orchestrator_publish_returned_total": "0x10 7x20"}, {}),
+    (
+        "OrchestratorSweeperBusy",
+        {'orchestrator_sweeper_corrections_total{from="running",to="running"}': "0x400 0+10x30"},
+        {},
+    ),
+    ("OrchestratorDeadLetters", {"orchestrator_dead_letters_total": "0x10 1x20"}, {}),
+]
+
+
+def test_every_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed: Debian package prometheus")
+    by_name = {rule["alert"]: rule for rule in rules()}
+    assert {alert for alert, _, _ in _STORIES} == by_name.keys()
+    stories = []
+    for alert, series, labels in _STORIES:
+        values = {"orchestrator_ledger_up": "1x500"} | series
+        at = "420m" if alert == "OrchestratorSweeperBusy" else "20m"
+        annotations = {
+            name: text.replace("{{ $labels.kind }}", labels.get("kind", ""))
+            for name, text in by_name[alert]["annotations"].items()
+        }
+        fired = {
+            "exp_labels": {"severity": by_name[alert]["labels"]["severity"]} | labels,
+            "exp_annotations": annotations,
+        }
+        stories.append(
+            {
+                "name": alert,
+                "interval": "1m",
+                "input_series": [{"series": name, "values": value} for name, value in values.items()],
+                "alert_rule_test": [
+                    {"eval_time": at, "alertname": name, "exp_alerts": [fired] if name == alert else []}
+                    for name in by_name
+                    # Whoever burns ten times too fast burns six times too fast.
+                    if name == alert or not name.startswith("OrchestratorStartsLate")
+                ],
+            }
+        )
+    file = tmp_path / "stories.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": stories}))
+
+    checked = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True, check=False)
+
+    assert checked.returncode == 0, checked.stdout + checked.stderr
