@@ -1,6 +1,7 @@
 """Questions that are asked every second, or of millions of rows, are answered from an index."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -233,7 +234,7 @@ def test_all_runs_of_a_rare_data_source_are_looked_up(bench: Workbench) -> None:
 
     for wanted in (RunFilter(data_source_id=7), RunFilter(data_source_id=7, state=RunState.SUCCEEDED)):
         explained = Explained(bench, partial(insights.page_runs, wanted, limit=50))
-        explained.assert_by("dispatches", "dispatches_data_source_id_idx", looked_at=3)
+        explained.assert_by("dispatches", "dispatches_source_idx", looked_at=3)
         explained.assert_by("runs", "runs_data_source_id_created_at_idx", "runs_pkey", looked_at=3)
 
 
@@ -246,7 +247,7 @@ def test_the_newest_runs_of_a_common_data_source_are_met_on_the_way(
     explained = Explained(bench, lambda: insights.page_runs(RunFilter(data_source_id=7), limit=3))
 
     explained.assert_by("runs", "runs_created_at_id_idx", "runs_data_source_id_created_at_idx", looked_at=10)
-    explained.assert_by("dispatches", "dispatches_pkey", "dispatches_data_source_id_idx", looked_at=3)
+    explained.assert_by("dispatches", "dispatches_pkey", "dispatches_source_idx", looked_at=3)
 
 
 def test_pages_of_one_run_are_read_off_their_keys(bench: Workbench) -> None:
@@ -324,3 +325,17 @@ def test_a_scrape_costs_the_same_however_long_the_history(bench: Workbench) -> N
     # What is unfinished, a tenth, is counted; the nine tenths that are over are not looked at.
     explained.assert_by("runs", "runs_state_created_at_id_idx", looked_at=20_000)
     explained.assert_by("schedules", "schedules_problem_idx", "schedules_next_fire_at_task_id_idx", looked_at=20)
+
+
+def test_a_batch_of_a_run_that_statistics_do_not_know_is_marked_along_the_primary_key(bench: Workbench) -> None:
+    run_id = bench.planned(3_000)
+
+    def mark() -> None:
+        with suppress(Stop), bench.ledger.crawls.pending_batch(run_id, limit=1_000, after=0) as batch:
+            batch.mark([source for source, _ in batch.sources])
+            raise Stop
+
+    explained = Explained(bench, mark)
+
+    explained.assert_by("dispatches", "dispatches_pkey", "ModifyTable", looked_at=1_000)
+    bench.ledger.runs.cancel(run_id, actor="test")

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import PlainTextResponse
 
-from orchestrator import __version__, metrics, migrations
+from orchestrator import __version__, bootstrap, metrics, migrations
 from orchestrator.api import pages, schemas
 from orchestrator.api.problems import problems
 from orchestrator.api.security import Ours, Routes
@@ -45,9 +45,9 @@ def list_audit_events(ours: Ours, query: Annotated[schemas.AuditQuery, Query()])
 # --- Without a version -------------------------------------------------------------------------------------------
 
 
-def metrics_text(ours: Ours) -> Response:
+def metrics_text() -> Response:
     """Return what Prometheus scrapes: gauges of the ledger, and what this process counted."""
-    return Response(metrics.exposition(ours.database), media_type=metrics.CONTENT_TYPE)
+    return Response(bootstrap.metrics_text(), media_type=metrics.CONTENT_TYPE)
 
 
 unversioned.get("/metrics", response_class=PlainTextResponse, responses=problems())(metrics_text)

@@ -1,8 +1,10 @@
 """Requests that change something: recognised by ``Idempotency-Key``, done once, workers woken after the commit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Annotated
+from uuid import UUID
 
 from fastapi import Depends, Header, Request
 from fastapi.responses import JSONResponse
@@ -11,10 +13,11 @@ from sqlalchemy import Connection
 
 from orchestrator.api.security import Asks, Ours
 from orchestrator.api.waker import Waker
-from orchestrator.domain import WakeUp
+from orchestrator.domain import WakeUp, traceparent_of
 from orchestrator.ledger.requests import Reply
 from orchestrator.ledger.requests import Request as Repeatable
 from orchestrator.ledger.schedules import NOTHING_UNSENT, Unsent
+from orchestrator.tracing import SpanKind, span
 
 IdempotencyKey = Annotated[
     str | None,
@@ -59,13 +62,13 @@ class Change:
     Attributes:
         ours: what the application works with.
         actor: who asks, for the audit log.
-        traceparent: the request's trace context, as it came.
+        traceparent: the trace context of the request's runs: the caller's, or none.
     """
 
     def __init__(self, request: Request, ours: Ours, asks: Asks, idempotency_key: IdempotencyKey = None) -> None:
         self.ours = ours
         self.actor = asks.actor
-        self.traceparent = request.headers.get("traceparent")
+        self.traceparent = _continued(request.headers.get("traceparent"))
         self._request = request
         self._key = idempotency_key
 
@@ -77,12 +80,24 @@ class Change:
             outcomes.append(act(connection))
             return outcomes[-1].reply
 
-        reply = self.ours.ledger.requests.once(self._repeatable(body), remembered)
+        with self._traced():
+            reply = self.ours.ledger.requests.once(self._repeatable(body), remembered)
         waker: Waker = self._request.app.state.waker
         for outcome in outcomes:
             waker.wake(outcome.wake_ups)
             waker.wake_together(outcome.unsent)
         return _response(reply)
+
+    @contextmanager
+    def _traced(self) -> Iterator[None]:
+        if self.traceparent is None:  # each run begins a trace of its own
+            yield
+            return
+        method, path = self._request.method, self._request.scope["route"].path
+        attributes = {"http.request.method": method, "http.route": path}
+        with span(f"{method} {path}", SpanKind.SERVER, self.traceparent, attributes) as answering:
+            self.traceparent = answering.traceparent
+            yield
 
     def _repeatable(self, body: BaseModel | None) -> Repeatable | None:
         if self._key is None:
@@ -93,6 +108,10 @@ class Change:
 
 
 Once = Annotated[Change, Depends(Change)]
+
+
+def _continued(traceparent: str | None) -> str | None:
+    return traceparent if traceparent_of(UUID(int=0), traceparent) == traceparent else None
 
 
 def _response(reply: Reply) -> JSONResponse:

@@ -50,10 +50,10 @@ RunId = Annotated[UUID, Path(description="the run's id, which is the Celery task
 )
 def start_crawl(wish: schemas.NewCrawlRun, once: Once) -> JSONResponse:
     """Run a crawl task now: one message to the Extractor for each of its data sources."""
-    new = _new_run(CrawlArguments(wish.task_id), once)
     by = {"actor": once.actor, "reason": wish.reason}
 
     def act(connection: Connection) -> Outcome:
+        new = _new_run(CrawlArguments(wish.task_id), once)
         once.ours.catalog.require(connection, wish.task_id)
         run_id = once.ours.ledger.runs.accept_crawl(new, wish.on_conflict, **by, within=connection)
         return accepted_one(new.wake_up) if run_id == new.run_id else accepted_one(None, run_id)
@@ -71,9 +71,9 @@ def start_crawl(wish: schemas.NewCrawlRun, once: Once) -> JSONResponse:
 def start_analyses(wish: schemas.NewAnalyses, once: Once) -> JSONResponse:
     """Have the Discovery Service analyse data sources for a theme, each by a run of its own."""
     sources = dict.fromkeys(wish.data_source_ids)
-    news = [_new_run(AnalysisArguments(each, wish.theme_name), once) for each in sources]
 
     def act(connection: Connection) -> Outcome:
+        news = [_new_run(AnalysisArguments(each, wish.theme_name), once) for each in sources]
         once.ours.ledger.runs.accept_all(news, actor=once.actor, reason=wish.reason, within=connection)
         return accepted_all([new.wake_up for new in news])
 

@@ -5,7 +5,7 @@ from typing import Final
 
 import uvicorn
 
-from orchestrator import bootstrap
+from orchestrator import bootstrap, tracing
 from orchestrator.api.app import create_app
 from orchestrator.errors import ConfigurationError
 from orchestrator.telemetry import Event, logger
@@ -23,6 +23,7 @@ def serve(host: str, port: int) -> None:
         ConfigurationError: one cannot listen there.
     """
     listener = _listen(host, port)
+    bootstrap.observe(None)
     services = bootstrap.services()
     config = uvicorn.Config(
         create_app(services),
@@ -39,6 +40,7 @@ def serve(host: str, port: int) -> None:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         services.sender.close()
+        tracing.flush()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
+    Uuid,
     exists,
     func,
     literal,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     tuple_,
     union_all,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from orchestrator.db import Database
 from orchestrator.domain import (
@@ -175,6 +177,8 @@ _EQUAL: Final = ("kind", "state", "task_id", "theme_name", "trigger", "error_cod
 # The conditions of partial indexes, word for word: a prepared statement's plan does not know the values asked for.
 _NOT_SCHEDULED: Final = literal_column("trigger <> 'schedule'", type_=true().type)
 _ANALYSIS: Final = literal_column("kind = 'site_analysis'", type_=true().type)
+# An index of its own has this sum; see the schema.
+_source: Final[ColumnElement[int]] = dispatches.c.data_source_id + literal_column("0")
 
 Conditions = list[ColumnElement[bool]]
 
@@ -350,14 +354,15 @@ def _alternatives(connection: Connection, wanted: RunFilter) -> list[Conditions]
 def _dispatches(connection: Connection, data_source_id: int) -> ColumnElement[bool]:
     """Return the condition that a run has a dispatch for a data source, so written that it is answered quickly.
 
-    The planner has to guess how many runs that are, and a wrong guess costs seconds. So they are counted, up to a
-    limit. All runs of a rare one are looked up; a common one is soon met on the way through the newest runs.
+    The planner has to guess how many runs that are, and a wrong guess costs seconds. So the runs of a rare one are
+    looked up first; a common one is soon met on the way through the newest runs.
     """
-    of_source = dispatches.c.data_source_id == data_source_id
-    some = select(literal(1)).where(of_source).limit(MANY_RUNS).subquery()
-    if (connection.scalar(select(func.count()).select_from(some)) or 0) < MANY_RUNS:
-        return runs.c.id == func.any(func.array(select(dispatches.c.run_id).where(of_source).scalar_subquery()))
-    return select(true()).where(of_source, dispatches.c.run_id == runs.c.id).limit(1).scalar_subquery()
+    of_source = select(dispatches.c.run_id).where(_source == data_source_id)
+    found = connection.scalars(of_source.limit(MANY_RUNS)).all()
+    if len(found) < MANY_RUNS:
+        return runs.c.id == func.any(literal(list(found), ARRAY(Uuid)))
+    of_run = (dispatches.c.run_id == runs.c.id) & (dispatches.c.data_source_id == data_source_id)
+    return select(true()).where(of_run).limit(1).scalar_subquery()
 
 
 def _in_state(run_id: UUID, state: DispatchState) -> Conditions:

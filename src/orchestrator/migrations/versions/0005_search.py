@@ -27,13 +27,12 @@ def upgrade() -> None:
         "audit_events_actor_id_idx", "audit_events", ["actor", "id"], unique=False, schema=schema, if_not_exists=True
     )
     op.create_index(
-        "dispatches_data_source_id_idx",
+        "dispatches_source_idx",
         "dispatches",
-        ["data_source_id"],
+        [sa.literal_column("(data_source_id + 0)")],
         unique=False,
         schema=schema,
         if_not_exists=True,
-        postgresql_include=["run_id"],
     )
     op.create_index(
         "dispatches_skipped_idx",
