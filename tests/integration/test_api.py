@@ -35,6 +35,9 @@ def api(
     yield api
     api.close()
     stack.close()
+    # Whatever the tests asked: no key of theirs, nor the password of a server, is in the log.
+    log = api.process.text()
+    assert not [secret for secret in (*api.keys.values(), "orchestrator:secret", "guest:guest") if secret in log], log
 
 
 @pytest.fixture
