@@ -152,7 +152,10 @@ def services() -> Services:
         timetable=_timetable(settings.scheduler),
         publisher=publisher,
         sender=_links.sender(),
-        queues=Survey(partial(_survey, settings, database)),
+        queues=Survey(
+            partial(_survey, settings, database),
+            [ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, settings.extraction_queue],
+        ),
         fan_out=FanOut(
             ledger,
             catalog,
@@ -207,16 +210,9 @@ def observe(port: int | None) -> None:
     measures.begin()
     tracing.enable()
     if port is not None:
-        from orchestrator import metrics  # noqa: PLC0415 -- see metrics_text
+        from orchestrator import metrics  # noqa: PLC0415 -- its imports take longer than most commands
 
         metrics.serve(current().metrics.host, port)
-
-
-def metrics_text() -> bytes:
-    """Return what Prometheus is told by the API: the ledger's gauges, and what this process counted."""
-    from orchestrator import metrics  # noqa: PLC0415 -- its imports take longer than most commands
-
-    return metrics.exposition(services().database)
 
 
 # One byte of memory shared with the children of a prefork pool, whom no signal tells of a warm shutdown.

@@ -99,6 +99,7 @@ class Database:
             max_overflow=60,  # a worker of threads holds one connection a thread
             pool_timeout=10,
             pool_pre_ping=True,
+            hide_parameters=True,  # a traceback is for everybody, what callers write is not
             execution_options={"schema_translate_map": {SCHEMA: self.schema}},
         )
         event.listen(engine, "handle_error", _forget_broken_connection)

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import PlainTextResponse
 
-from orchestrator import __version__, bootstrap, metrics, migrations
+from orchestrator import __version__, metrics, migrations
 from orchestrator.api import pages, schemas
 from orchestrator.api.problems import problems
 from orchestrator.api.security import Ours, Routes
@@ -35,9 +35,12 @@ def list_workers(ours: Ours) -> schemas.Nodes:
 @routes.get("/audit-events", Role.ADMIN, response_model=schemas.Page[schemas.AuditEvent], responses=problems())
 def list_audit_events(ours: Ours, query: Annotated[schemas.AuditQuery, Query()]) -> schemas.Page[schemas.AuditEvent]:
     """List who did what, newest first."""
-    after = pages.after_number(query.cursor, query.filters)
-    found = ours.insights.page_audit(AuditFilter(**query.filters), limit=query.limit + 1, after=after)
-    items, following = pages.paged(found, query.limit, lambda each: (each.id,), query.filters)
+    wanted = query.filters
+    position = pages.decode(query.cursor, wanted, pages.moment, pages.number)
+    since = query.since or (position[0] if position else pages.window_of(ours))
+    after = position[1] if position else None
+    found = ours.insights.page_audit(AuditFilter(**wanted | {"since": since}), limit=query.limit + 1, after=after)
+    items, following = pages.paged(found, query.limit, lambda each: (since, each.id), wanted)
     shown = list(map(schemas.AuditEvent.model_validate, items))
     return schemas.Page[schemas.AuditEvent](items=shown, next_cursor=following)
 
@@ -45,9 +48,9 @@ def list_audit_events(ours: Ours, query: Annotated[schemas.AuditQuery, Query()])
 # --- Without a version -------------------------------------------------------------------------------------------
 
 
-def metrics_text() -> Response:
+def metrics_text(ours: Ours) -> Response:
     """Return what Prometheus scrapes: gauges of the ledger, and what this process counted."""
-    return Response(bootstrap.metrics_text(), media_type=metrics.CONTENT_TYPE)
+    return Response(metrics.exposition(ours.database), media_type=metrics.CONTENT_TYPE)
 
 
 unversioned.get("/metrics", response_class=PlainTextResponse, responses=problems())(metrics_text)

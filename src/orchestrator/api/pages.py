@@ -11,7 +11,8 @@ from uuid import UUID
 from orchestrator.bootstrap import Services
 from orchestrator.errors import InvalidCursorError
 
-_LONGEST_NUMBER: Final = 2**63
+_LARGEST: Final = 2**63 - 1
+_LARGEST_INT4: Final = 2**31 - 1
 
 Item = TypeVar("Item")
 Position = TypeVar("Position")
@@ -54,9 +55,11 @@ def decode(
     return position
 
 
-def after_number(cursor: str | None, filters: Mapping[str, object]) -> int | None:
+def after_number(
+    cursor: str | None, filters: Mapping[str, object], kind: Callable[[Any], object] | None = None
+) -> int | None:
     """Return the number that a cursor holds; see :func:`decode`."""
-    position = decode(cursor, filters, number)
+    position = decode(cursor, filters, kind or number)
     return None if position is None else position[0]
 
 
@@ -75,9 +78,14 @@ def maybe_moment(text: str | None) -> datetime | None:
 
 def number(value: object) -> int:
     """Read a number of a position."""
-    if type(value) is not int or not -_LONGEST_NUMBER <= value < _LONGEST_NUMBER:
+    if type(value) is not int or not 0 <= value <= _LARGEST:
         raise ValueError(value)
     return value
+
+
+def small_number(value: object) -> int:
+    """Read a number of a position, where PostgreSQL has four bytes for it."""
+    return min(number(value), _LARGEST_INT4)
 
 
 def run_id(text: str) -> UUID:

@@ -20,7 +20,7 @@ from orchestrator.errors import (
     IllegalTransitionError,
     InvalidArgumentsError,
     InvalidCursorError,
-    KeyNotFoundError,
+    InvalidDataSourceIdsError,
     OrchestratorError,
     RequestInProgressError,
     RequestReusedError,
@@ -43,9 +43,9 @@ _STATUSES: Final[Sequence[tuple[type[OrchestratorError], HTTPStatus]]] = (
     (RunNotFoundError, HTTPStatus.NOT_FOUND),
     (ScheduleNotFoundError, HTTPStatus.NOT_FOUND),
     (CrawlTaskNotFoundError, HTTPStatus.NOT_FOUND),
-    (KeyNotFoundError, HTTPStatus.NOT_FOUND),
     (IllegalTransitionError, HTTPStatus.CONFLICT),
     (RunInProgressError, HTTPStatus.CONFLICT),
+    (InvalidDataSourceIdsError, HTTPStatus.CONFLICT),
     (RequestInProgressError, HTTPStatus.CONFLICT),
     (RequestReusedError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (InvalidArgumentsError, HTTPStatus.UNPROCESSABLE_ENTITY),
@@ -122,7 +122,7 @@ def of_error(request: Request, error: OrchestratorError) -> JSONResponse:
     members: dict[str, Any] = {}
     if status is HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = 'Bearer realm="task-orchestrator"'
-    if status is HTTPStatus.SERVICE_UNAVAILABLE or isinstance(error, RequestInProgressError):
+    if error.retryable:
         headers["Retry-After"] = str(_RETRY_AFTER)
     if isinstance(error, TooManyFailuresError):
         headers["Retry-After"] = str(max(1, round(error.seconds)))
@@ -135,9 +135,10 @@ def of_error(request: Request, error: OrchestratorError) -> JSONResponse:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return how a route documents the problems that it has besides those of every route."""
-    everywhere = (400, 401, 403, 422, 429, 503)
+    everywhere = (400, 401, 403, 422, 429, 500, 503)
+    schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
     return {
-        status: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": HTTPStatus(status).phrase}
+        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
         for status in sorted({*everywhere, *statuses})
     }
 

@@ -102,7 +102,8 @@ class Change:
     def _repeatable(self, body: BaseModel | None) -> Repeatable | None:
         if self._key is None:
             return None
-        said = "" if body is None else body.model_dump_json()
+        # Without what is as by default: a release that adds a member must recognise what came before it.
+        said = "{}" if body is None else body.model_dump_json(exclude_defaults=True)
         digest = sha256(f"{self._request.method} {self._request.url.path}\n{said}".encode()).digest()
         return Repeatable(self.actor, self._key, digest)
 

@@ -156,7 +156,7 @@ def list_attempts(
 ) -> schemas.Page[schemas.Attempt]:
     """List the calls that a site analysis made to the Discovery Service, oldest first."""
     of = {"attempts": run_id}
-    after = pages.after_number(query.cursor, of)
+    after = pages.after_number(query.cursor, of, pages.small_number)
     ours.insights.run(run_id)
     found = ours.insights.page_attempts(run_id, limit=query.limit + 1, after=after)
     items, following = pages.paged(found, query.limit, lambda attempt: (attempt.number,), of)

@@ -25,7 +25,7 @@ routes: Final = Routes("schedules")
 
 _MOST_FIRES: Final = 500
 _LONGEST_LOOK: Final = timedelta(days=366)
-_NEVER: Final = datetime.max.replace(tzinfo=UTC)
+_NEVER: Final = datetime(schemas.LAST_YEAR + 1, 12, 31, tzinfo=UTC)
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------

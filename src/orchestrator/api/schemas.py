@@ -26,6 +26,8 @@ from orchestrator.explain import Verdict, WaitCode
 MOST_SOURCES: Final = 1_000
 """Data sources that one request has analysed at most."""
 LARGEST_PAGE: Final = 200
+FIRST_YEAR: Final = 1970
+LAST_YEAR: Final = 2199
 
 _LONGEST_REASON: Final = 500
 _LONGEST_SCHEDULE: Final = 200
@@ -48,10 +50,10 @@ ScheduleText = Annotated[Text, Field(min_length=1, max_length=_LONGEST_SCHEDULE,
 
 
 def _utc(moment: datetime) -> datetime:
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("must be between the years 1 and 9999 in UTC") from None
+    # With room on both sides for what is reckoned from it, in any zone.
+    if not FIRST_YEAR <= moment.year <= LAST_YEAR:
+        raise ValueError(f"must be between the years {FIRST_YEAR} and {LAST_YEAR}")
+    return moment.astimezone(UTC)
 
 
 Moment = Annotated[AwareDatetime, AfterValidator(_utc)]

@@ -41,24 +41,21 @@ class FailureLimit:
         # When the bucket of an address is empty again: a whole queue of failures as one number.
         self._drained_at: OrderedDict[str, float] = OrderedDict()
 
-    def require_patience(self, address: str) -> None:
-        """Refuse an address that has failed too often.
+    def note(self, address: str) -> None:
+        """Note a failure of an address.
 
         Raises:
-            TooManyFailuresError: it has to wait.
+            TooManyFailuresError: it has failed too often, and has to wait.
         """
         with self._lock:
-            excess = self._drained_at.get(address, 0.0) - self._clock() - (FAILURES - 1) * REFILL
-        if excess > 0:
-            raise TooManyFailuresError(excess)
-
-    def note(self, address: str) -> None:
-        """Note a failure of an address."""
-        with self._lock:
             now = self._clock()
-            self._drained_at[address] = max(now, self._drained_at.pop(address, now)) + REFILL
+            drained_at = max(now, self._drained_at.pop(address, now))
+            excess = drained_at - now - (FAILURES - 1) * REFILL
+            self._drained_at[address] = drained_at if excess > 0 else drained_at + REFILL
             while len(self._drained_at) > _ADDRESSES:
                 self._drained_at.popitem(last=False)
+        if excess > 0:
+            raise TooManyFailuresError(excess)
 
 
 async def services_of(request: Request) -> Services:
@@ -76,16 +73,15 @@ def principal(
         UnauthenticatedError: it has no valid API key.
         TooManyFailuresError: its address has sent too many that are not valid.
     """
-    failures: FailureLimit = request.app.state.failures
-    address = request.client.host if request.client else "unknown"
-    failures.require_patience(address)
     if credentials is None:
         raise UnauthenticatedError("this needs an API key: Authorization: Bearer …")
+    services: Services = request.app.state.services
     try:
-        services: Services = request.app.state.services
+        # First of all: behind a proxy all callers have one address, and who has a key must not wait for who has none.
         return services.ledger.keys.authenticate(credentials.credentials)
     except UnauthenticatedError:
-        failures.note(address)
+        failures: FailureLimit = request.app.state.failures
+        failures.note(request.client.host if request.client else "unknown")
         raise
 
 

@@ -78,6 +78,9 @@ class RequestLedger:
         with self._database.transaction() as connection:
             if request is None:
                 return act(connection)
+            # Of what was answered long ago any number of repeats may come at once.
+            if (kept := _kept(connection, request)) is not None:
+                return kept
             purpose = f"request:{request.actor}:{request.key}"
             if not connection.scalar(select(func.pg_try_advisory_xact_lock(lock_key(self._database.schema, purpose)))):
                 raise RequestInProgressError("a request with this Idempotency-Key is being answered; ask again soon")

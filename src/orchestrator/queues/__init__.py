@@ -106,6 +106,7 @@ class Survey:
 
     Args:
         ask: asks for all of them.
+        names: what they are called, as long as nobody has been asked.
         lasts: seconds for which an answer is good enough.
         clock: monotonic seconds.
     """
@@ -113,6 +114,7 @@ class Survey:
     def __init__(
         self,
         ask: Callable[[], Sequence[QueueStanding]],
+        names: Sequence[str],
         *,
         lasts: float = 3.0,
         clock: Callable[[], float] = monotonic,
@@ -121,16 +123,19 @@ class Survey:
         self._lasts = lasts
         self._clock = clock
         self._lock = threading.Lock()
-        self._answer: Sequence[QueueStanding] = ()
+        self._answer: Sequence[QueueStanding] = [QueueStanding(name, problem="being asked") for name in names]
         self._good_until = 0.0
 
     def standing(self) -> Sequence[QueueStanding]:
-        """Return how they stand."""
-        with self._lock:
-            if self._clock() >= self._good_until:
-                self._answer = self._ask()
-                self._good_until = self._clock() + self._lasts
+        """Return how they stand; while somebody is asking, how they stood before, for that may take seconds."""
+        if self._clock() < self._good_until or not self._lock.acquire(blocking=False):
             return self._answer
+        try:
+            self._answer = self._ask()
+        finally:
+            self._good_until = self._clock() + self._lasts
+            self._lock.release()
+        return self._answer
 
 
 class Observed:
