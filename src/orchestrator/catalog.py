@@ -8,7 +8,7 @@ of runs, nor of what a schedule's text means.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 from sqlalchemy import (
@@ -220,19 +220,28 @@ class Catalog:
             CatalogMismatchError: the tables do not fit the mapping.
         """
         plan = self.plan(task_id)
+        rows = plan.rows.cte(_part("planned")).prefix_with("MATERIALIZED")
+        source, config = rows.c.data_source_id, rows.c.crawl_config_id
+        sent = select(source, config).where(config.is_not(None)).order_by(source).limit(limit).subquery()
+        skipped = select(source).where(config.is_(None)).order_by(source).limit(limit).subquery()
+
+        def listed(value: ColumnElement[Any]) -> ScalarSelect[Any]:
+            return select(func.array_agg(value, type_=ARRAY(BigInteger))).scalar_subquery()
+
+        counted = select(func.count(), func.count(config)).select_from(rows).subquery()
+        statement = select(
+            plan.found,
+            plan.bad,
+            plan.examples,
+            *counted.c,
+            listed(sent.c.data_source_id),
+            listed(sent.c.crawl_config_id),
+            listed(skipped.c.data_source_id),
+        ).select_from(counted)
         with mismatch_explained():
-            refuse_unplannable(task_id, *connection.execute(select(plan.found, plan.bad, plan.examples)).one())
-            rows = plan.rows.subquery(_part("planned"))
-            source, config = rows.c.data_source_id, rows.c.crawl_config_id
-            total, dispatched = connection.execute(select(func.count(), func.count(config)).select_from(rows)).one()
-            sent = select(source, config).where(config.is_not(None)).order_by(source).limit(limit)
-            skipped = select(source).where(config.is_(None)).order_by(source).limit(limit)
-            return PlanSample(
-                total,
-                dispatched,
-                [(row[0], row[1]) for row in connection.execute(sent)],
-                list(connection.scalars(skipped)),
-            )
+            *verdict, total, dispatched, sources, configs, skips = connection.execute(statement).one()
+        refuse_unplannable(task_id, *verdict)
+        return PlanSample(total, dispatched, list(zip(sources or (), configs or (), strict=True)), skips or [])
 
     def read_plan(self, connection: Connection, task_id: int) -> list[tuple[int, int | None]]:
         """Return (data source id, crawl config id or none) of each data source, as a run would plan it now.

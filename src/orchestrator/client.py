@@ -219,11 +219,21 @@ class Client:
             ApiError: ``run_not_found``, …
         """
         give_up_at = time.monotonic() + within
-        while not (run := self.get(run_id)).is_over:
+        state = "unknown"
+        while True:
+            try:
+                run = self.get(run_id)
+            except ApiError as error:
+                # A restart of the service, in the middle of an hour's wait, is no news of the run.
+                if error.status and error.status not in _AGAIN:
+                    raise
+            else:
+                if run.is_over:
+                    return run
+                state = run.state
             if time.monotonic() + every > give_up_at:
-                raise TimeoutError(f"run {run_id} is {run.state} after {within:.0f} s; it goes on")
+                raise TimeoutError(f"run {run_id} is {state} after {within:.0f} s; it goes on")
             time.sleep(every)
-        return run
 
     def _post(self, path: str, wish: Mapping[str, object], key: str | None) -> dict[str, Any]:
         said = {name: value for name, value in wish.items() if value is not None}
@@ -251,7 +261,7 @@ class Client:
 
 
 def _pause(number: int, asked: str | None) -> None:
-    """Wait before the next try: longer each time, uneven, and never shorter than asked for."""
+    """Wait before the next try: longer each time, uneven, and as long as asked for, up to a limit."""
     pause = min(0.2 * 2**number, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)  # noqa: S311 -- spread, no secret
     time.sleep(max(pause, min(float(asked), _LONGEST_PAUSE)) if asked and asked.isdigit() else pause)
 

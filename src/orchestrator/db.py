@@ -6,8 +6,8 @@ locks free themselves after ``idle_in_transaction_session_timeout``, or in the m
 """
 
 import select
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Final, TypeVar
 
@@ -53,6 +53,8 @@ _TRANSIENT: Final = (
     pg.TransactionTimeout,
 )
 
+_AFTER_COMMIT: Final = "orchestrator.after_commit"
+
 Answer = TypeVar("Answer")
 
 _log = logger(__name__)
@@ -69,6 +71,15 @@ class Database:
     def __init__(self, conninfo: str, schema: str) -> None:
         self.conninfo = conninfo
         self.schema = schema
+        self._connections = 5
+        self._settings = _SESSION
+        self._engine = self._create_engine()
+
+    def serve(self, callers: int, *, within: float) -> None:
+        """Keep a connection for each of many callers from now on, and end statements that take longer than seconds."""
+        self._connections = callers
+        self._settings = _SESSION | {"statement_timeout": f"{within * 1_000:.0f}"}
+        self._engine.dispose()
         self._engine = self._create_engine()
 
     @contextmanager
@@ -84,8 +95,16 @@ class Database:
             NotMigratedError: a table of the ledger is missing or older than this code.
             DatabaseRightsError: our role may not do what it has to.
         """
-        with translated_errors(), nullcontext(within) if within is not None else self._engine.begin() as connection:
+        if within is not None:
+            with translated_errors():
+                yield within
+            return
+        with translated_errors(), self._engine.begin() as connection:
+            acts: list[Callable[[], object]] = []
+            connection.info[_AFTER_COMMIT] = acts
             yield connection
+        for act in acts:
+            act()
 
     def close(self) -> None:
         """Close every pooled connection."""
@@ -95,7 +114,7 @@ class Database:
         engine = create_engine(
             "postgresql+psycopg://",
             creator=self._connect,
-            pool_size=5,
+            pool_size=self._connections,
             max_overflow=60,  # a worker of threads holds one connection a thread
             pool_timeout=10,
             pool_pre_ping=True,
@@ -120,8 +139,8 @@ class Database:
         )
         # Not by the startup packet's options: poolers such as PgBouncer refuse those.
         row = connection.execute(
-            f"SELECT pg_backend_pid(), {', '.join('set_config(%s, %s, false)' for _ in _SESSION)}",
-            [word for pair in _SESSION.items() for word in pair],
+            f"SELECT pg_backend_pid(){', set_config(%s, %s, false)' * len(self._settings)}",
+            [word for pair in self._settings.items() for word in pair],
         ).fetchone()
         assert row is not None  # noqa: S101 -- for the type checker
         connection.backend, connection.conninfo = row[0], self.conninfo
@@ -129,6 +148,11 @@ class Database:
         # Arrays of thousands in binary: as text, quoting them takes longer than what PostgreSQL does with them.
         connection.adapters.register_dumper(list, ListBinaryDumper)
         return connection
+
+
+def after_commit(connection: Connection, act: Callable[[], object]) -> None:
+    """Have something done once a transaction is committed, whoever opened it: what is told or counted is then true."""
+    connection.info[_AFTER_COMMIT].append(act)
 
 
 class _Question(psycopg.Connection[Any]):

@@ -14,6 +14,7 @@ from orchestrator.api import operations, problems, runs, schedules
 from orchestrator.api.security import FailureLimit
 from orchestrator.api.waker import Waker
 from orchestrator.bootstrap import Services
+from orchestrator.errors import UnauthenticatedError
 
 _DESCRIPTION: Final = (
     "Triggers site analyses and crawl tasks, and answers what became of them. Every request needs an API key as bearer "
@@ -72,17 +73,23 @@ def create_app(services: Services) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "traceparent"],
             expose_headers=["Location", "Idempotency-Replayed", "Retry-After"],
         )
-    app.add_middleware(_Headers)
+    problems.document(app)
     return app
 
 
-class _Headers:
-    """Puts what keeps browsers from harm on every answer."""
+class Protected:
+    """An application with what keeps browsers from harm on every answer, those to faults of ours included.
+
+    Args:
+        app: the application.
+    """
 
     def __init__(self, app: _Application) -> None:
         self._app = app
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        """See ASGI."""
+
         async def with_headers(message: _Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
@@ -92,7 +99,7 @@ class _Headers:
 
 
 class _Limits:
-    """Refuses request bodies that are too long, before they are read, or as soon as they turn out to be."""
+    """Refuses bodies of nobody's unread, and those that are too long as soon as that is known."""
 
     def __init__(self, app: _Application, most: int) -> None:
         self._app = app
@@ -101,6 +108,11 @@ class _Limits:
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope["method"] == "POST" and not any(name == b"authorization" for name, _ in scope["headers"]):
+            # Nobody's bodies are not even read.
+            error = UnauthenticatedError("this needs an API key: Authorization: Bearer …")
+            await problems.of_error(Request(scope), error)(scope, receive, send)
             return
         sentence = f"a request body has {self._most:,} bytes at most"
         announced = dict(scope["headers"]).get(b"content-length", b"0")

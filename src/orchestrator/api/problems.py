@@ -135,7 +135,7 @@ def of_error(request: Request, error: OrchestratorError) -> JSONResponse:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return how a route documents the problems that it has besides those of every route."""
-    everywhere = (400, 401, 403, 422, 429, 500, 503)
+    everywhere = (400, 401, 403, 413, 422, 429, 500, 503)
     schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
@@ -173,6 +173,19 @@ def install(app: FastAPI) -> None:
         _log.error(Event.REQUEST_FAILED, code="internal_error", error=type(error).__name__, path=request.url.path)
         sentence = "a fault of ours; it is in the log of the API process"
         return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", sentence)
+
+
+def document(app: FastAPI) -> None:
+    """Have the OpenAPI document say what a problem is; FastAPI itself knows models of plain JSON only."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        whole = generate()
+        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        whole["components"]["schemas"] |= schema.pop("$defs") | {Problem.__name__: schema}
+        return whole
+
+    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way
 
 
 def _trace_id(request: Request) -> str | None:

@@ -222,7 +222,14 @@ def retry(run_id: RunId, once: Once, change: schemas.Change | None = None) -> JS
 
     def act(connection: Connection) -> Outcome:
         return accepted_one(
-            once.ours.ledger.runs.retry(run_id, Trigger.API, actor=once.actor, reason=reason, within=connection)
+            once.ours.ledger.runs.retry(
+                run_id,
+                Trigger.API,
+                actor=once.actor,
+                reason=reason,
+                traceparent=once.traceparent,
+                within=connection,
+            )
         )
 
     return once.once(change, act)

@@ -17,8 +17,8 @@ from orchestrator.api.requests import Once, Outcome
 from orchestrator.api.runs import accepted, start_crawl
 from orchestrator.api.security import Ours, Routes
 from orchestrator.domain import Role
-from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError
-from orchestrator.insights import FiringFilter, ScheduleView
+from orchestrator.errors import InvalidArgumentsError
+from orchestrator.insights import FiringFilter
 from orchestrator.schedule import parse, read_zone
 
 routes: Final = Routes("schedules")
@@ -57,7 +57,7 @@ def fire_times(
 ) -> schemas.FireTimes:
     """Say when a schedule fires, as things stand."""
     view = ours.insights.schedule(task_id)
-    canonical = _canonical(view)
+    canonical = view.meaning()
     first = begin or ours.insights.now()
     last = end or min(first, _NEVER - timedelta(days=1)) + timedelta(days=1)
     if not timedelta() <= last - first <= _LONGEST_LOOK:
@@ -70,20 +70,6 @@ def fire_times(
         fires=fires[:_MOST_FIRES],
         truncated=len(fires) > _MOST_FIRES,
     )
-
-
-def _canonical(view: ScheduleView) -> str:
-    """Return what a schedule means.
-
-    Raises:
-        IllegalTransitionError: nothing: it has no text, or cannot be read.
-    """
-    if view.canonical is None:
-        why_not = f"cannot be read: {view.problem}" if view.problem else "has no text"
-        raise IllegalTransitionError(
-            f"the schedule of crawl task {view.task_id} {why_not}; allowed: trigger", ["trigger"]
-        )
-    return view.canonical
 
 
 @routes.get("/firings", response_model=schemas.Page[schemas.Firing], responses=problems())
@@ -178,7 +164,7 @@ def backfill(task_id: schemas.PathId, wish: schemas.Backfill, once: Once) -> JSO
 
     def act(connection: Connection) -> Outcome:
         view = ours.insights.schedule(task_id)
-        slots = ours.timetable.past_slots(_canonical(view), view.zone, wish.since, wish.until, now=ours.insights.now())
+        slots = ours.timetable.past_slots(view.meaning(), view.zone, wish.since, wish.until, now=ours.insights.now())
         if wish.dry_run:
             return _backfill_preview(once, task_id, slots)
         ledger = ours.ledger.schedules

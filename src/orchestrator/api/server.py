@@ -1,16 +1,20 @@
 """Serves the application: one process, one port, logs like everybody else's."""
 
+import signal
 import socket
 from typing import Final
 
 import uvicorn
 
 from orchestrator import bootstrap, tracing
-from orchestrator.api.app import create_app
+from orchestrator.api.app import Protected, create_app
 from orchestrator.errors import ConfigurationError
 from orchestrator.telemetry import Event, logger
 
 _BACKLOG: Final = 512
+_THREADS: Final = 40
+"""Handlers that run at once, as anyio has it."""
+_LONGEST_STATEMENT: Final = 10.0  # seconds
 _GOODBYE: Final = 15  # seconds for requests that are being answered
 
 _log = logger(__name__)
@@ -22,11 +26,15 @@ def serve(host: str, port: int) -> None:
     Raises:
         ConfigurationError: one cannot listen there.
     """
+    # uvicorn ends in good order, and then has the signal delivered to whoever was there before it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     listener = _listen(host, port)
     bootstrap.observe(None)
     services = bootstrap.services()
+    services.database.serve(_THREADS, within=_LONGEST_STATEMENT)
     config = uvicorn.Config(
-        create_app(services),
+        Protected(create_app(services)),
         log_config=None,
         access_log=False,
         server_header=False,

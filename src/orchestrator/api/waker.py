@@ -7,6 +7,7 @@ the pulse of any worker sends two seconds later.
 import queue
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from orchestrator.celery_app import Sender
@@ -35,6 +36,7 @@ class Waker:
         self._ledger = ledger
         self._sender = sender
         self._waiting: queue.Queue[WakeUp | Unsent | None] = queue.Queue(_MOST)
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="waker", daemon=True)
 
     def start(self) -> None:
@@ -42,8 +44,10 @@ class Waker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Send what waits, and end; within seconds, whatever the broker does."""
-        self._waiting.put(None)
+        """End after the batch that is being sent; what waits is left to the pulse."""
+        self._stopping.set()
+        with suppress(queue.Full):
+            self._waiting.put_nowait(None)
         self._thread.join(timeout=10)
 
     def wake(self, wake_ups: Sequence[WakeUp]) -> None:
@@ -63,15 +67,11 @@ class Waker:
             _log.warning(Event.WAKE_UP_FAILED, code="waker_full", error="too many runs wait to be enqueued here")
 
     def _run(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            items = [first]
+        while not self._stopping.is_set():
+            items = [self._waiting.get()]
             while len(items) < _BATCH and not self._waiting.empty():
-                following = self._waiting.get()
-                if following is None:
-                    self._waiting.put(None)
-                    break
-                items.append(following)
-            self._send(items)
+                items.append(self._waiting.get())
+            self._send([item for item in items if item is not None])
 
     def _send(self, items: Sequence[WakeUp | Unsent]) -> None:
         single = [item for item in items if isinstance(item, WakeUp)]

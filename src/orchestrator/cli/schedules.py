@@ -17,7 +17,7 @@ from orchestrator.cli.output import print_document, print_table, printable, say,
 from orchestrator.cli.runs import enqueue, run_now, warn_if_unattended
 from orchestrator.cli.session import SHOWN, AsJson, Limit, Reason, Task, TaskId, Wait, actor, session
 from orchestrator.domain import CrawlArguments, FiringOutcome, ScheduleState
-from orchestrator.errors import IllegalTransitionError, UnreadableScheduleError
+from orchestrator.errors import UnreadableScheduleError
 from orchestrator.insights import FiringFilter, FiringView, ScheduleView
 from orchestrator.schedule import parse, read_zone
 from orchestrator.settings import current
@@ -216,13 +216,8 @@ def _slots(ours: Services, view: ScheduleView, since: str, until: str) -> list[d
         InvalidArgumentsError: there are none, or too many, or some are to come.
         IllegalTransitionError: the schedule has no slots at all.
     """
-    if view.canonical is None:
-        why_not = f"cannot be read: {view.problem}" if view.problem else "has no text"
-        raise IllegalTransitionError(
-            f"the schedule of crawl task {view.task_id} {why_not}; allowed: trigger", ["trigger"]
-        )
     read = _reader(ours, view.task_id)
-    return ours.timetable.past_slots(view.canonical, view.zone, read(since), read(until), now=ours.insights.now())
+    return ours.timetable.past_slots(view.meaning(), view.zone, read(since), read(until), now=ours.insights.now())
 
 
 def _list(

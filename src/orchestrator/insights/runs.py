@@ -40,6 +40,7 @@ from orchestrator.domain import (
 from orchestrator.errors import InvalidArgumentsError, RunNotFoundError
 from orchestrator.schema import attempts, dispatches, run_events, runs
 
+MOST_SKIPS: Final = 10_000
 MANY_RUNS: Final = 5_000
 """Runs of one data source up to which all of them are looked at to find the newest ones."""
 
@@ -301,14 +302,16 @@ class RunInsights:
             return [_dispatch_view(row) for row in rows]
 
     def skip_reasons(self, run_id: UUID) -> dict[SkipReason, int]:
-        """Return how many dispatches of a run were skipped, by reason."""
-        statement = (
-            select(dispatches.c.reason, func.count())
+        """Return how many dispatches of a run were skipped, by reason, counted up to :data:`MOST_SKIPS` in all."""
+        some = (
+            select(dispatches.c.reason)
             .where(dispatches.c.run_id == run_id, dispatches.c.reason.is_not(None))
-            .group_by(dispatches.c.reason)
+            .limit(MOST_SKIPS)
+            .subquery()
         )
         with self._database.transaction() as connection:
-            return {SkipReason(row.reason): row[1] for row in connection.execute(statement)}
+            rows = connection.execute(select(some.c.reason, func.count()).group_by(some.c.reason))
+            return {SkipReason(row.reason): row[1] for row in rows}
 
 
 # --- Statements ----------------------------------------------------------------------------------------------------

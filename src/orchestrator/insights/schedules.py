@@ -27,7 +27,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from orchestrator.db import Database
 from orchestrator.domain import FiringOutcome, FiringReason, ScheduleState
-from orchestrator.errors import ScheduleNotFoundError
+from orchestrator.errors import IllegalTransitionError, ScheduleNotFoundError
 from orchestrator.schema import audit_events, firings, pauses, schedule_history, schedules
 
 
@@ -85,6 +85,19 @@ class ScheduleView:
     first_seen_at: datetime
     read_at: datetime
     last_firing: FiringView | None
+
+    def meaning(self) -> str:
+        """Return what its text means.
+
+        Raises:
+            IllegalTransitionError: nothing: it has no text, or cannot be read.
+        """
+        if self.canonical is None:
+            why_not = f"cannot be read: {self.problem}" if self.problem else "has no text"
+            raise IllegalTransitionError(
+                f"the schedule of crawl task {self.task_id} {why_not}; allowed: trigger", ["trigger"]
+            )
+        return self.canonical
 
 
 @dataclass(frozen=True, slots=True)

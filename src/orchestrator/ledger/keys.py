@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Connection, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, func, insert, or_, select, update
 
 from orchestrator.db import Database
 from orchestrator.domain import Role
@@ -63,6 +63,12 @@ class KeyView:
     valid: bool
 
 
+_SHOWN: Final = [
+    *(api_keys.c[name] for name in KeyView.__dataclass_fields__ if name != "valid"),
+    _VALID.label("valid"),
+]
+
+
 class KeyLedger:
     """Makes, checks and revokes API keys.
 
@@ -87,9 +93,9 @@ class KeyLedger:
         lives = None if days is None else clock + timedelta(days=days)
         values = {"id": key_id, "name": name, "role": role, "digest": _digest(text), "created_by": actor}
         with self._database.transaction() as connection:
-            connection.execute(insert(api_keys).values(values | {"expires_at": lives}))
+            made = connection.execute(insert(api_keys).values(values | {"expires_at": lives}).returning(*_SHOWN))
             _audit(connection, actor, "create_key", key_id, after={"name": name, "role": role, "days": days})
-        return next(key for key in self.all() if key.id == key_id), text
+            return _view(made.one()), text
 
     def revoke(self, key_id: str, *, actor: str, reason: str | None = None) -> None:
         """Make a key invalid, at once and for good.
@@ -110,11 +116,9 @@ class KeyLedger:
 
     def all(self) -> list[KeyView]:
         """Return all keys, newest first."""
-        shown = [api_keys.c[name] for name in KeyView.__dataclass_fields__ if name != "valid"]
-        statement = select(*shown, _VALID.label("valid")).order_by(api_keys.c.created_at.desc(), api_keys.c.id)
+        statement = select(*_SHOWN).order_by(api_keys.c.created_at.desc(), api_keys.c.id)
         with self._database.transaction() as connection:
-            rows = connection.execute(statement).mappings().all()
-        return [KeyView(**{**row, "role": Role(row["role"])}) for row in rows]
+            return list(map(_view, connection.execute(statement)))
 
     def authenticate(self, text: str) -> Principal:
         """Return whose key this is.
@@ -140,6 +144,10 @@ class KeyLedger:
                 connection.execute(select(func.set_config("synchronous_commit", "off", True)))  # noqa: FBT003 -- SQL's
                 connection.execute(update(api_keys).where(api_keys.c.id == key_id, _STALE).values(used_at=clock))
         return Principal(key_id, known.name, Role(known.role))
+
+
+def _view(row: Row[Any]) -> KeyView:
+    return KeyView(**{**row._mapping, "role": Role(row.role)})  # noqa: SLF001 -- SQLAlchemy's documented name
 
 
 def _digest(text: str) -> bytes:

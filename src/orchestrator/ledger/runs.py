@@ -6,12 +6,13 @@ Knows that a crawl run has rows to skip and a plan to complete, and nothing of h
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, cast
 from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
 
-from orchestrator.db import Database
+from orchestrator.db import Database, after_commit
 from orchestrator.domain import (
     UNFINISHED,
     Arguments,
@@ -41,7 +42,7 @@ from orchestrator.ledger.transitions import (
     from_now,
     identity_of,
     illegal,
-    insert_run,
+    insert_runs,
     lock_key,
     now,
     run_row,
@@ -58,6 +59,10 @@ SKIP_BATCH: Final = 10_000
 """Rows of a canceled run that are skipped in one transaction."""
 
 _log = logger(__name__)
+
+
+_Accepted = tuple[NewRun, bool, Arguments | None]
+"""A run, whether it is new, and what is kept as its arguments."""
 
 
 class RunLedger:
@@ -98,18 +103,10 @@ class RunLedger:
             within: a transaction of the caller's to take part in.
         """
         with self._database.transaction(within) as connection:
-            accepted = [(new, *_accept(connection, new, delivered=delivered)) for new in news]
+            accepted = _accept(connection, news, delivered=delivered)
             if actor is not None:
                 _audit_starts(connection, actor, reason, [new for new, created, _ in accepted if created])
-        for new, created, kept in accepted:
-            run_id = str(new.run_id)
-            if created:
-                count_created(new.kind, new.trigger)
-                _log.info(Event.RUN_ACCEPTED, run_id=run_id, kind=new.kind, trigger=new.trigger)
-            elif kept != new.arguments:
-                _log.warning(
-                    Event.RUN_ID_CONFLICT, run_id=run_id, kept=repr(kept)[:200], ignored=repr(new.arguments)[:200]
-                )
+            after_commit(connection, partial(_tell_accepted, accepted))
         return [created for _, created, _ in accepted]
 
     def accept_crawl(
@@ -164,7 +161,7 @@ class RunLedger:
         """
         ended = {"state": state, "error_code": code, "error_message": message, "finished_at": clock}
         with self._database.transaction() as connection:
-            created = insert_run(connection, values | ended)
+            created = bool(insert_runs(connection, [values | ended]))
         if created:
             kind, trigger = RunKind(str(values["kind"])), Trigger(str(values["trigger"]))
             count_created(kind, trigger)
@@ -227,7 +224,7 @@ class RunLedger:
             if run is None:
                 raise illegal(before, "canceled")
             _audit(connection, actor, "cancel", before, RunState.CANCELED, reason)
-        announce(run)
+            after_commit(connection, partial(announce, run))
         # In short transactions: workers in mid-batch wait for the run's row, with confirmed messages in hand.
         skipped = 0
         while within is None and (count := self._skip_some(run_id)):
@@ -278,11 +275,18 @@ class RunLedger:
             if run is None:
                 raise illegal(before, "retried")
             _audit(connection, actor, "retry", before, RunState.QUEUED, reason)
-        _log.info(Event.RUN_REVIVED, run_id=str(run_id), actor=actor)
+            after_commit(connection, partial(_log.info, Event.RUN_REVIVED, run_id=str(run_id), actor=actor))
         return wake_up_of(run)
 
     def retry(
-        self, run_id: UUID, trigger: Trigger, *, actor: str, reason: str | None = None, within: Connection | None = None
+        self,
+        run_id: UUID,
+        trigger: Trigger,
+        *,
+        actor: str,
+        reason: str | None = None,
+        traceparent: str | None = None,
+        within: Connection | None = None,
     ) -> WakeUp:
         """Put a failed run back in the queue, or repeat a succeeded or canceled one as a new run, ``retry_of`` it.
 
@@ -291,6 +295,7 @@ class RunLedger:
             trigger: of the new run.
             actor: who asks.
             reason: why.
+            traceparent: W3C trace context of who asks, which a new run continues.
             within: a transaction of the caller's to take part in.
 
         Raises:
@@ -303,7 +308,7 @@ class RunLedger:
             if arguments is None or before.state not in {RunState.SUCCEEDED, RunState.CANCELED}:
                 return self.revive(run_id, actor=actor, reason=reason, within=connection)
             new_id = uuid4()
-            new = NewRun(new_id, arguments, trigger, traceparent_of(new_id), retry_of=run_id)
+            new = NewRun(new_id, arguments, trigger, traceparent_of(new_id, traceparent), retry_of=run_id)
             self.accept_all([new], within=connection)
             _audit(connection, actor, "retry", before, RunState(before.state), reason, new_run=str(new_id))
             return new.wake_up
@@ -371,16 +376,33 @@ class _Due:
 # --- Parts of transactions ---------------------------------------------------------------------------------
 
 
-def _accept(connection: Connection, new: NewRun, *, delivered: bool) -> tuple[bool, Arguments | None]:
-    """Insert a run; return whether it is new, and else what the one with its id was asked for."""
-    values = identity_of(new) | {
-        "state": RunState.QUEUED,
-        "enqueued_at": clock if delivered else None,
-        "next_attempt_at": new.not_before,
-        "wake_at": new.not_before or from_now(SILENCE if delivered else ENQUEUE_GRACE),
-    }
-    created = insert_run(connection, values)
-    return created, None if created else arguments_of(run_row(connection, new.run_id))
+def _accept(connection: Connection, news: Sequence[NewRun], *, delivered: bool) -> list[_Accepted]:
+    """Insert runs; return of each whether it is new, and else what the one with its id was asked for."""
+    common = {"state": RunState.QUEUED, "enqueued_at": clock if delivered else None}
+    wake_at = from_now(SILENCE if delivered else ENQUEUE_GRACE)
+    created = insert_runs(
+        connection,
+        [
+            identity_of(new) | common | {"next_attempt_at": new.not_before, "wake_at": new.not_before or wake_at}
+            for new in news
+        ],
+    )
+    return [
+        (new, True, new.arguments)
+        if new.run_id in created
+        else (new, False, arguments_of(run_row(connection, new.run_id)))
+        for new in news
+    ]
+
+
+def _tell_accepted(accepted: Sequence[_Accepted]) -> None:
+    for new, created, kept in accepted:
+        run_id = str(new.run_id)
+        if created:
+            count_created(new.kind, new.trigger)
+            _log.info(Event.RUN_ACCEPTED, run_id=run_id, kind=new.kind, trigger=new.trigger)
+        elif kept != new.arguments:
+            _log.warning(Event.RUN_ID_CONFLICT, run_id=run_id, kept=repr(kept)[:200], ignored=repr(new.arguments)[:200])
 
 
 def _take_over_unsent(connection: Connection) -> None:

@@ -8,10 +8,11 @@ Deliberately unknown here: what a schedule's text means, and which slots fire; a
 """
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol
 from uuid import UUID
 
@@ -47,7 +48,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.types import TypeEngine
 
 from orchestrator.catalog import Catalog, ScheduleSource, mismatch_explained
-from orchestrator.db import Database
+from orchestrator.db import Database, after_commit
 from orchestrator.domain import (
     GRACE,
     MAX_BIGINT,
@@ -360,7 +361,7 @@ class ScheduleLedger:
                 unclaimed.append(_unclaimed(row, reading, reader, now))
         _warn(readings)
         _write_firings(connection, unclaimed, now, by)
-        SCHEDULE_FIRES.add(FiringOutcome.SKIPPED, times=len(unclaimed))
+        after_commit(connection, partial(SCHEDULE_FIRES.add, FiringOutcome.SKIPPED, times=len(unclaimed)))
         replaced = {row.our_task_id for row in past}
         connection.execute(_KEEP, {"ids": list(replaced), "now": now})
         connection.execute(_UPDATE_READINGS, _columns(readings, replaced) | {"rules": reader.rules, "now": now})
@@ -444,8 +445,8 @@ class ScheduleLedger:
                 raise IllegalTransitionError(
                     f"the schedule of crawl task {task_id} is paused; allowed: resume", ["resume"]
                 )
-            _audit(connection, actor, "pause", task_id, reason)
-        _log.info(Event.SCHEDULE_PAUSED, task_id=task_id, actor=actor)
+            _audit(connection, actor, "pause", task_id, reason, {"paused": True}, before={"paused": False})
+            after_commit(connection, partial(_log.info, Event.SCHEDULE_PAUSED, task_id=task_id, actor=actor))
 
     def resume(self, task_id: int, *, actor: str, reason: str | None = None, within: Connection | None = None) -> None:
         """Have slots fire again from now on; those before stay skipped, even if nobody has claimed them yet.
@@ -459,15 +460,17 @@ class ScheduleLedger:
                 update(pauses)
                 .where(pauses.c.task_id == task_id, pauses.c.resumed_at.is_(None))
                 .values(resumed_at=self._clock(connection))
-                .returning(pauses.c.task_id)
+                .returning(pauses.c.actor, pauses.c.reason)
             )
-            if connection.scalar(statement) is None:
+            pause = connection.execute(statement).one_or_none()
+            if pause is None:
                 _require(connection, task_id)
                 raise IllegalTransitionError(
                     f"the schedule of crawl task {task_id} is not paused; allowed: pause", ["pause"]
                 )
-            _audit(connection, actor, "resume", task_id, reason)
-        _log.info(Event.SCHEDULE_RESUMED, task_id=task_id, actor=actor)
+            before = {"paused": True, "by": pause.actor, "reason": pause.reason}
+            _audit(connection, actor, "resume", task_id, reason, {"paused": False}, before=before)
+            after_commit(connection, partial(_log.info, Event.SCHEDULE_RESUMED, task_id=task_id, actor=actor))
 
     def backfill(
         self,
@@ -499,8 +502,11 @@ class ScheduleLedger:
             # A range that begins with one of the slots goes on after it.
             connection.execute(_CUT_RANGES, {"task": task_id, "slots": list(slots)})
             unsent = _write_firings(connection, wanted, now, actor, _BACKFILL_SLOTS, Trigger.BACKFILL)
-            _audit(connection, actor, "backfill", task_id, reason, {"runs": len(unsent.wake_ups)})
-        _log.info(Event.SCHEDULE_BACKFILLED, task_id=task_id, actor=actor, count=len(unsent.wake_ups))
+            count = len(unsent.wake_ups)
+            asked = {"since": min(slots).isoformat(), "until": max(slots).isoformat(), "slots": len(slots)}
+            _audit(connection, actor, "backfill", task_id, reason, asked | {"runs": count})
+            told = partial(_log.info, Event.SCHEDULE_BACKFILLED, task_id=task_id, actor=actor, count=count)
+            after_commit(connection, told)
         return unsent
 
 
@@ -848,8 +854,9 @@ def _audit(
     action: str,
     task_id: int,
     reason: str | None,
-    after: dict[str, object] | None = None,
+    after: Mapping[str, object],
+    *,
+    before: Mapping[str, object] | None = None,
 ) -> None:
-    connection.execute(
-        insert(audit_events).values(actor=actor, action=action, task_id=task_id, reason=reason, after=after)
-    )
+    facts = {"task_id": task_id, "reason": reason, "before": before, "after": after}
+    connection.execute(insert(audit_events).values(actor=actor, action=action, **facts))

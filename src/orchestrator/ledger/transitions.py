@@ -4,6 +4,7 @@ Decides what an edge of ``domain.TRANSITIONS`` writes, on the database's clock; 
 stories' business.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -114,13 +115,19 @@ def wake_up_of(run: Row[Any]) -> WakeUp:
     return WakeUp(run.id, arguments, run.traceparent, run.wake_number)
 
 
-def insert_run(connection: Connection, values: dict[str, object]) -> bool:
-    """Insert a run and record it; return false, and change nothing, when its id is taken."""
-    statement = upsert(runs).values(values).on_conflict_do_nothing(index_elements=[runs.c.id]).returning(runs)
-    run = connection.execute(statement).one_or_none()
-    if run is not None:
-        _record(connection, run, Event.RUN_ACCEPTED, run.error_code, run.error_message)
-    return run is not None
+def insert_runs(connection: Connection, rows: Sequence[dict[str, object]]) -> set[UUID]:
+    """Insert runs and record them; return which are new: of those whose id is taken nothing changes."""
+    if not rows:
+        return set()
+    statement = upsert(runs).values(rows).on_conflict_do_nothing(index_elements=[runs.c.id]).returning(runs)
+    created = connection.execute(statement).all()
+    if created:
+        connection.execute(insert(run_events), [_event(run, Event.RUN_ACCEPTED, *_reason(run)) for run in created])
+    return {run.id for run in created}
+
+
+def _reason(run: Row[Any]) -> tuple[str | None, str | None]:
+    return run.error_code, run.error_message
 
 
 def run_row(connection: Connection, run_id: UUID, *, lock: bool = False) -> Row[Any]:
@@ -210,9 +217,11 @@ def end(
 
 
 def _record(connection: Connection, run: Row[Any], event: Event, code: str | None, message: str | None) -> None:
-    connection.execute(
-        insert(run_events).values(run_id=run.id, event=event, state=run.state, code=code, message=message)
-    )
+    connection.execute(insert(run_events).values(_event(run, event, code, message)))
+
+
+def _event(run: Row[Any], event: Event, code: str | None, message: str | None) -> dict[str, object]:
+    return {"run_id": run.id, "event": event, "state": run.state, "code": code, "message": message}
 
 
 def count_created(kind: RunKind, trigger: Trigger) -> None:
@@ -258,8 +267,11 @@ def announce(run: Row[Any] | None) -> None:
 def illegal(run: Row[Any], wanted: str) -> IllegalTransitionError:
     """Return the error that says what a run cannot be, and what can be done instead."""
     # A retry of what is over for good is a new run.
-    allowed = "retry" if RunState(run.state) in TERMINAL else "cancel"
-    return IllegalTransitionError(f"run {run.id} is {run.state}: it cannot be {wanted}; allowed: {allowed}", [allowed])
+    allowed = ["retry"] if RunState(run.state) in TERMINAL else ["cancel"]
+    if arguments_of(run) is None or run.forgotten_at is not None:
+        allowed = []
+    instead = ", ".join(allowed) or "to start a new one"
+    return IllegalTransitionError(f"run {run.id} is {run.state}: it cannot be {wanted}; allowed: {instead}", allowed)
 
 
 def backoff(longest: float) -> ColumnElement[Any]:
