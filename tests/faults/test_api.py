@@ -1,6 +1,8 @@
 """The HTTP API while it, its database or its broker is hurt: what it accepted is done, once; what not left no trace."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
@@ -112,6 +114,27 @@ def test_a_broker_that_is_away_refuses_nobody(hurt: Api, rabbitmq: RabbitMQServe
     evidence.trials = len(runs)
 
     rabbitmq.start()
+    with evidence.recovery():
+        for run_id in runs:
+            hurt.stack.await_run(run_id, "succeeded", within=RESUMED)
+    evidence.saw(Oracle(hurt.stack).assert_holds(dict.fromkeys(runs, SOURCES)))
+
+
+@pytest.mark.fault("RabbitMQ frozen (SIGSTOP) while the API is asked for runs and queues")
+def test_a_broker_that_is_silent_holds_up_nobody(hurt: Api, rabbitmq: RabbitMQServer, evidence: Evidence) -> None:
+    rabbitmq.pause()
+    try:
+        with ThreadPoolExecutor(60) as pool:
+            looks = [pool.submit(hurt.get, "/v1/queues") for _ in range(60)]
+            began_at = time.monotonic()
+            runs = [accepted(hurt.post("/v1/runs", {"task_id": 1})) for _ in rounds(5, 50)]
+            took = (time.monotonic() - began_at) / len(runs)
+            assert {look.result().status_code for look in looks} == {200}
+        assert took < 5, "a silent broker takes 12 s to be given up on"
+    finally:
+        rabbitmq.resume()
+    evidence.trials = len(runs)
+    evidence.note(f"{took * 1_000:.0f} ms a request, beside 60 that ask how queues stand")
     with evidence.recovery():
         for run_id in runs:
             hurt.stack.await_run(run_id, "succeeded", within=RESUMED)

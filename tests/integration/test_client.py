@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.client import ApiError, Client
 from orchestrator.domain import Role
-from tests.support.api import Api
+from tests.support.api import Api, address_of, serve
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
 from tests.support.rabbitmq import RabbitMQServer
@@ -68,6 +68,45 @@ def test_a_run_is_started_watched_and_listed(client: Client) -> None:
     with pytest.raises(ApiError, match="run_not_found"):
         client.get(uuid4())
     assert len(client.analyze([1, 2], "news")) == 2
+
+
+def test_a_schedule_is_paused_resumed_made_up_for_and_explained(api: Api) -> None:
+    at = f"/v1/schedules/{TASK}"
+    assert api.post(f"{at}/pause", {"reason": "site moves"}).json() == {"task_id": TASK, "paused": True, "href": at}
+    assert api.get(at).json()["pause_reason"] == "site moves"
+    refused = api.post(f"{at}/pause")
+    assert (refused.status_code, refused.json()["allowed"]) == (409, ["resume"])
+    assert api.post(f"{at}/resume").json()["paused"] is False
+    resumed, paused = api.get(f"/v1/audit-events?task_id={TASK}&limit=2", Role.ADMIN).json()["items"]
+    assert (paused["action"], paused["before"], paused["after"]) == ("pause", {"paused": False}, {"paused": True})
+    assert (resumed["action"], resumed["before"]["reason"]) == ("resume", "site moves")
+
+    fires = api.get(f"{at}/fire-times?from=2026-07-01T00:00:00Z&to=2026-07-03T00:00:00Z").json()
+    assert fires["fires"] == ["2026-07-01T03:00:00Z", "2026-07-02T03:00:00Z"]
+    wish = {"since": "2026-07-01T00:00:00Z", "until": "2026-07-03T00:00:00Z"}
+    dry = api.post(f"{at}/backfill", wish | {"dry_run": True})
+    assert (dry.status_code, dry.json()["to_start"], len(dry.json()["slots"])) == (200, 2, 2)
+    done = api.post(f"{at}/backfill", wish | {"reason": "outage"}, headers={"Idempotency-Key": "make-up"})
+    assert (done.status_code, done.json()["to_start"]) == (202, 2)
+    assert (
+        api.post(f"{at}/backfill", wish | {"reason": "outage"}, headers={"Idempotency-Key": "make-up"}).json()
+        == done.json()
+    )
+    for run in done.json()["runs"]:
+        assert api.stack.await_run(run["id"])["state"] == "succeeded"
+    why = api.get(f"/v1/why?task_id={TASK}&at=2026-07-01T03:00:00Z").json()
+    assert (why["verdict"], why["run_id"] in {run["id"] for run in done.json()["runs"]}) == ("backfill", True)
+    firings = api.get(f"/v1/firings?task_id={TASK}&since=2026-07-01T00:00:00Z&limit=1").json()
+    assert len(firings["items"]) == 1
+    (last,) = api.get(f"/v1/audit-events?task_id={TASK}&limit=1", Role.ADMIN).json()["items"]
+    assert (last["action"], last["after"]["slots"], last["after"]["runs"]) == ("backfill", 2, 2)
+
+
+def test_an_api_that_is_told_to_stop_ends_well(api: Api) -> None:
+    another = serve(api.stack)
+    address_of(another)
+    assert another.terminate(within=20) == 0
+    assert "Traceback" not in another.text()
 
 
 class Cut(httpx2.BaseTransport):
