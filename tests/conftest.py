@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real servers, started once a session and only if a test asks for one."""
 
 import os
+import signal
 from collections.abc import Iterator
 from itertools import count
 from typing import Final
@@ -11,6 +12,10 @@ from tests.support.postgres import PostgresServer
 from tests.support.rabbitmq import HOW_TO_INSTALL, RabbitMQServer, find_program
 
 _NUMBERS: Final = count(1)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Started in the background by a shell (`make test &`): what tests start would inherit that, and outlive Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
