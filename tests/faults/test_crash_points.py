@@ -44,7 +44,7 @@ BOUNDARIES: Final = {
     "RunLedger.note_fault": 3,
     "RunLedger.cancel": 3,
     "RunLedger._skip_some": 3,
-    "RunLedger.revive": 3,
+    "RunLedger.retry": 3,
     "CrawlLedger.begin": 3,
     "CrawlLedger.materialize": 3,
     "CrawlLedger.pending_batch": 3,
@@ -63,7 +63,7 @@ BOUNDARIES: Final = {
     "DiscoveryClient.call": 2,
 }
 # Not among them: NodeLedger.sign_off, for nothing here ends by itself; CrawlLedger.skipped_sources, which only reads;
-# ScheduleLedger.pause, resume and backfill, each one transaction of a command, as RunLedger.revive is.
+# ScheduleLedger.pause, resume and backfill, each one transaction of a command, as RunLedger.retry is.
 NO_TASK: Final = 999
 ENDS: Final = {"news": "succeeded", "no such page": "failed", "always busy": "failed"}
 """How the analysis of each theme ends."""
