@@ -36,7 +36,7 @@ from tests.support.stack import Stack
 
 SCHEDULES: Final = 2_000 if LONG else 400
 EVERY: Final = [5] if LONG else [1, 2, 3]
-SOON: Final = 5.0
+SOON: Final = 10.0
 """Seconds: what tests accept where 2 are promised, on a machine that has other things to do."""
 
 _NUMBERS: Final = count(1)

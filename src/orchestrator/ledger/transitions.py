@@ -76,20 +76,21 @@ def identity_of(new: NewRun) -> dict[str, object]:
     """Return the columns that say what a run is; they never change."""
     values: dict[str, object] = {
         "id": new.run_id,
+        "kind": new.kind,
         "trigger": new.trigger,
         "traceparent": new.traceparent,
         "celery_id": new.celery_id,
         "retry_of": new.retry_of,
+        # Of runs that are inserted together each has every column: SQLAlchemy takes those of the first for all.
+        "task_id": None,
+        "data_source_id": None,
+        "theme_name": None,
     }
     match new.arguments:
         case CrawlArguments(task_id):
-            return values | {"kind": RunKind.CRAWL, "task_id": task_id}
+            return values | {"task_id": task_id}
         case AnalysisArguments(data_source_id, theme_name):
-            return values | {
-                "kind": RunKind.SITE_ANALYSIS,
-                "data_source_id": data_source_id,
-                "theme_name": theme_name,
-            }
+            return values | {"data_source_id": data_source_id, "theme_name": theme_name}
 
 
 def arguments_of(run: Row[Any]) -> Arguments | None:
