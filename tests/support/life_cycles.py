@@ -46,6 +46,7 @@ from orchestrator.errors import BrokerBlockedError, IllegalTransitionError, Publ
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.crawls import CrawlLedger
 from orchestrator.queues import Receipt
+from orchestrator.settings import Settings
 from orchestrator.worker import NOT_BEFORE
 from tests.support.ledgers import Workbench
 from tests.support.troupe import (
@@ -241,6 +242,7 @@ class Ours:
     analyser: SiteAnalyser
     sender: "TaskQueue"
     world: "World"
+    settings: Settings = field(default_factory=Settings)
 
     def caps(self, _: Node) -> Caps:
         return self.world.caps
