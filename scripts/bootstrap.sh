@@ -2,7 +2,7 @@
 # Prepare this clone. The Makefile calls it before every target; with nothing to do it returns at once.
 #
 #   scripts/bootstrap.sh venv       .venv with exactly what requirements.lock names, and the package itself
-#   scripts/bootstrap.sh services   RabbitMQ, openssl and libfaketime for the tests, as Debian packages, if we are root
+#   scripts/bootstrap.sh services   RabbitMQ, openssl, libfaketime and promtool for the tests, as Debian packages, if we are root
 #
 # Asks for Python 3.11 or newer and nothing else. Writes into the clone and the download caches only, unless it
 # is root and a Debian package is missing.
@@ -108,6 +108,8 @@ services() {
     have rabbitmq-server || set -- "$@" rabbitmq-server
     have openssl || set -- "$@" openssl
     have_faketime || set -- "$@" libfaketime
+    # Debian has promtool in the package of the whole server.
+    have promtool || set -- "$@" prometheus
     if [ $# -eq 0 ]; then
         return
     elif ! can_install; then
@@ -150,9 +152,11 @@ install_packages() (
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq || say "apt-get update failed; trying with the package lists at hand"
     apt-get install -qq -o DPkg::Lock::Timeout=300 --no-install-recommends "$@" >/dev/null || exit
-    case " $* " in
-        *" rabbitmq-server "*) systemctl disable --now rabbitmq-server >/dev/null 2>&1 || : ;;
-    esac
+    for service in rabbitmq-server prometheus; do
+        case " $* " in
+            *" $service "*) systemctl disable --now "$service" >/dev/null 2>&1 || : ;;
+        esac
+    done
 )
 
 case "$#:${1:-}" in
