@@ -189,6 +189,11 @@ class ApiSettings(_Section):
         604_800.0, gt=0, le=315_360_000, allow_inf_nan=False, description="lists that name no time show so many seconds"
     )
     max_body: int = Field(1_048_576, ge=1_024, le=67_108_864, description="largest request body in bytes")
+    trusted_proxies: tuple[str, ...] = Field(
+        ("127.0.0.1", "::1"),
+        max_length=50,
+        description="JSON list of addresses of proxies, or their networks, whose X-Forwarded-For names the caller",
+    )
     open_metrics: bool = Field(
         default=False, description="whether /metrics is for everybody; else it wants a viewer's key"
     )

@@ -10,8 +10,9 @@ from uuid import uuid4
 import httpx2
 import pytest
 
+from orchestrator.api.security import FAILURES
 from orchestrator.domain import Role
-from tests.support.api import ROLES, Api
+from tests.support.api import ROLES, Api, address_of, serve
 from tests.support.operators import command
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
@@ -365,6 +366,33 @@ def test_prometheus_reads_with_a_viewers_key(api: Api, task: int) -> None:
     assert answer.headers["content-type"].startswith("text/plain")
     assert 'orchestrator_runs_active{state="queued"}' in answer.text
     problem_of(api.get("/metrics", None), 401, "unauthenticated")
+
+
+def test_an_api_that_is_set_up_otherwise(api: Api) -> None:
+    console = "https://console.example"
+    asked = {"API__CORS_ORIGINS": f'["{console}"]', "API__OPEN_METRICS": "true", "API__TRUSTED_PROXIES": "[]"}
+    other = Api(api.stack, serve(api.stack, **asked), api.keys)
+    other.url = address_of(other.process)
+    try:
+        assert "orchestrator_runs_active" in other.get("/metrics", None).text
+        preflight = {"Origin": console, "Access-Control-Request-Method": "POST"}
+        allowed = other.request("OPTIONS", "/v1/runs", None, headers=preflight)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == console
+        assert other.get("/v1/runs", headers={"Origin": console}).headers["access-control-allow-origin"] == console
+        foreign = other.get("/v1/runs", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in foreign.headers
+        # Who guesses keys is told to wait, whoever it says it is; who has one is not.
+        for guess in range(FAILURES):
+            pretended = {"Authorization": "Bearer guessed", "X-Forwarded-For": f"10.0.0.{guess}"}
+            problem_of(other.get("/v1/runs", None, headers=pretended), 401, "unauthenticated")
+        refused = other.get("/v1/runs", None, headers={"Authorization": "Bearer guessed"})
+        problem_of(refused, 429, "too_many_authentication_failures")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert other.get("/v1/runs").status_code == 200
+    finally:
+        other.close()
+        other.process.close()
 
 
 def test_every_answer_has_the_headers_that_keep_browsers_from_harm(api: Api) -> None:

@@ -45,7 +45,9 @@ def promtool() -> str:
     """Skip where there is no promtool, but not in CI: there the rules would go unchecked."""
     found = shutil.which("promtool")
     if found is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("promtool is missing: Debian package prometheus")
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
+            "promtool is missing: Debian package prometheus"
+        )
     return found
 
 

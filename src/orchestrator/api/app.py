@@ -1,5 +1,6 @@
 """Puts the application together: routes, problems, limits, headers, and what lives as long as it does."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -16,6 +17,8 @@ from orchestrator.api.waker import Waker
 from orchestrator.bootstrap import Services
 from orchestrator.errors import UnauthenticatedError
 
+SLOWEST_BODY: Final = 30.0
+"""Seconds within which the body of a request has to be there."""
 _DESCRIPTION: Final = (
     "Triggers site analyses and crawl tasks, and answers what became of them. Every request needs an API key as bearer "
     "token; problems are RFC 9457 documents with a stable `code`; times are RFC 3339."
@@ -60,10 +63,13 @@ def create_app(services: Services) -> FastAPI:
     app.state.waker = Waker(services.ledger, services.sender)
     problems.install(app)
     for routes in (runs.routes, schedules.routes, operations.routes):
-        app.include_router(routes.router, prefix="/v1")
+        routes.serve_in(app, "/v1")
     app.include_router(operations.open_to_all)
     settings = services.settings.api
-    app.include_router(operations.open_metrics if settings.open_metrics else operations.unversioned.router)
+    if settings.open_metrics:
+        app.include_router(operations.open_metrics)
+    else:
+        operations.unversioned.serve_in(app)
     app.add_middleware(_Limits, most=settings.max_body)
     if settings.cors_origins:
         app.add_middleware(
@@ -99,11 +105,12 @@ class Protected:
 
 
 class _Limits:
-    """Refuses bodies of nobody's unread, and those that are too long as soon as that is known."""
+    """Refuses bodies of nobody's unread, and those that are too long, or too slow, as soon as that is known."""
 
     def __init__(self, app: _Application, most: int) -> None:
         self._app = app
         self._most = most
+        self._too_long = f"a request body has {most:,} bytes at most"
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
@@ -114,20 +121,30 @@ class _Limits:
             error = UnauthenticatedError("this needs an API key: Authorization: Bearer …")
             await problems.of_error(Request(scope), error)(scope, receive, send)
             return
-        sentence = f"a request body has {self._most:,} bytes at most"
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > self._most:
             status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-            await problems.problem(Request(scope), status, problems.CODES[status], sentence)(scope, receive, send)
+            await problems.problem(Request(scope), status, problems.CODES[status], self._too_long)(scope, receive, send)
             return
-        read = 0
+        await self._app(scope, self._limited(receive), send)
 
-        async def counted() -> _Message:
-            nonlocal read
-            message = await receive()
+    def _limited(self, receive: _Receive) -> _Receive:
+        read = 0
+        deadline: float | None = asyncio.get_running_loop().time() + SLOWEST_BODY
+
+        async def limited() -> _Message:
+            nonlocal read, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                too_slow = f"a request body has to be there within {SLOWEST_BODY:g} seconds"
+                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, too_slow) from error
+            if not message.get("more_body"):
+                deadline = None  # from then on this waits for the caller to hang up
             read += len(message.get("body", b""))
             if read > self._most:
-                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, sentence)
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._too_long)
             return message
 
-        await self._app(scope, counted, send)
+        return limited

@@ -57,6 +57,7 @@ CODES: Final = {
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
     HTTPStatus.BAD_REQUEST: "malformed_request",
+    HTTPStatus.REQUEST_TIMEOUT: "request_too_slow",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
 }
 """Of problems that the web framework finds."""
@@ -135,7 +136,7 @@ def of_error(request: Request, error: OrchestratorError) -> JSONResponse:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return how a route documents the problems that it has besides those of every route."""
-    everywhere = (400, 401, 403, 413, 422, 429, 500, 503)
+    everywhere = (400, 401, 403, 408, 413, 422, 429, 500, 503)
     schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Annotated, Any, Final, TypeVar
 
-from fastapi import APIRouter, Depends, Request, Security
+from fastapi import APIRouter, Depends, FastAPI, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from orchestrator.bootstrap import Services
@@ -96,7 +96,7 @@ class Routes:
     """
 
     def __init__(self, tag: str) -> None:
-        self.router = APIRouter(tags=[tag])
+        self._router = APIRouter(tags=[tag])
 
     def get(self, path: str, role: Role = Role.VIEWER, **options: Any) -> Callable[[Handler], Handler]:  # noqa: ANN401 -- FastAPI's
         """Return a decorator for what is read."""
@@ -106,6 +106,10 @@ class Routes:
         """Return a decorator for what changes something."""
         return self._route("POST", path, role, options)
 
+    def serve_in(self, app: FastAPI, prefix: str = "") -> None:
+        """Have an application serve them."""
+        app.include_router(self._router, prefix=prefix)
+
     def _route(self, method: str, path: str, role: Role, options: dict[str, Any]) -> Callable[[Handler], Handler]:
         async def allowed(asks: Annotated[Principal, Depends(principal)]) -> Principal:
             if not asks.role.covers(role):
@@ -114,7 +118,7 @@ class Routes:
 
         extra = {"x-role": role.value}
         dependencies = [Depends(allowed)]
-        return self.router.api_route(path, methods=[method], dependencies=dependencies, openapi_extra=extra, **options)
+        return self._router.api_route(path, methods=[method], dependencies=dependencies, openapi_extra=extra, **options)
 
 
 Asks = Annotated[Principal, Depends(principal)]

@@ -38,6 +38,7 @@ def serve(host: str, port: int) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=list(services.settings.api.trusted_proxies),
         timeout_graceful_shutdown=_GOODBYE,
         limit_concurrency=1_000,
         h11_max_incomplete_event_size=65_536,
