@@ -20,7 +20,7 @@ from orchestrator.catalog import Catalog
 from orchestrator.celery_app import ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, Sender, conninfo
 from orchestrator.db import Database
 from orchestrator.discovery import DiscoveryClient, RetryPolicy
-from orchestrator.dispatch import FanOut
+from orchestrator.dispatch import FanOut, Help
 from orchestrator.domain import Health, MisfirePolicy, Node, OverlapPolicy, QueueStanding
 from orchestrator.embedded import EmbeddedPostgres, ServerConfig
 from orchestrator.errors import TransientError
@@ -143,6 +143,7 @@ def services() -> Services:
     catalog = Catalog(settings.catalog, settings.timezone)
     ledger = Ledger(database, catalog)
     publisher = _observed(_links.publisher(settings, database), settings)
+    sender = _links.sender()
     return Services(
         settings=settings,
         database=database,
@@ -151,7 +152,7 @@ def services() -> Services:
         insights=Insights(database),
         timetable=_timetable(settings.scheduler),
         publisher=publisher,
-        sender=_links.sender(),
+        sender=sender,
         queues=Survey(
             partial(_survey, settings, database),
             [ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE, settings.extraction_queue],
@@ -162,6 +163,7 @@ def services() -> Services:
             publisher,
             batch_size=settings.dispatch.batch_size,
             slice_seconds=settings.dispatch.slice_seconds,
+            help_=Help(settings.dispatch.help_above, settings.dispatch.helpers, sender.wake),
             stopping=stopping,
         ),
         analyser=SiteAnalyser(

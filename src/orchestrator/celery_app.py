@@ -46,6 +46,8 @@ ANALYSIS_TASK: Final = "orchestrator.tasks.trigger_site_analysis"
 CRAWL_TASK: Final = "orchestrator.tasks.execute_crawl_task"
 
 WAKE_NUMBER: Final = "orchestrator_wake_number"
+HELPS: Final = "orchestrator_helps"
+"""Headers of wake-ups: see :class:`orchestrator.domain.WakeUp`."""
 """Header of our own wake-ups; see ``domain.WakeUp.number``."""
 
 CONFIRM_TIMEOUT: Final = 5.0  # seconds
@@ -321,11 +323,13 @@ class Sender:
     def _wake_pipelined(self, line: Line, wake_ups: Sequence[WakeUp]) -> None:
         errors: list[PublishError] = []
         for kind, (task, queue) in _ROUTES.items():
-            if chosen := [wake_up for wake_up in wake_ups if isinstance(wake_up.arguments, kind)]:
-                envelope = _Envelope(self._celery, task, queue)
-                fate = line.send(envelope.template, envelope.messages(chosen))
-                if fate.error is not None:
-                    errors.append(fate.error)
+            for helps in (False, True):
+                chosen = [each for each in wake_ups if isinstance(each.arguments, kind) and each.helps is helps]
+                if chosen:
+                    envelope = _Envelope(self._celery, task, queue, helps=helps)
+                    fate = line.send(envelope.template, envelope.messages(chosen))
+                    if fate.error is not None:
+                        errors.append(fate.error)
         # Not sooner: a full queue must not hold up the other.
         if errors:
             raise errors[0]
@@ -340,7 +344,7 @@ class Sender:
             # The default exchange: pgmq 1.1.4's send_topic lacks the form with headers and without a delay.
             exchange="",
             routing_key=queue,
-            headers={"traceparent": wake_up.traceparent, WAKE_NUMBER: wake_up.number},
+            headers={"traceparent": wake_up.traceparent, WAKE_NUMBER: wake_up.number, HELPS: wake_up.helps},
             mandatory=True,
             confirm_timeout=CONFIRM_TIMEOUT,
             retry=False,
@@ -381,7 +385,7 @@ _PROBE: Final = FrameTemplate(
 class _Envelope:
     """What Celery sends to call a task, as a template: a worker cannot tell such a message from ``send_task``'s."""
 
-    def __init__(self, celery: Celery, task: str, queue: str) -> None:
+    def __init__(self, celery: Celery, task: str, queue: str, *, helps: bool) -> None:
         message = celery.amqp.as_task_v2(
             _ANY_ID, task, (_ANY_ID,), argsrepr="(...)", ignore_result=True, reply_to=celery.thread_oid
         )
@@ -391,7 +395,8 @@ class _Envelope:
             content_type=content_type,
             content_encoding=content_encoding,
             headers=message.headers
-            | {"traceparent": _ANY_TRACEPARENT, WAKE_NUMBER: int.from_bytes(_ANY_NUMBER, byteorder="big")},
+            | {"traceparent": _ANY_TRACEPARENT, WAKE_NUMBER: int.from_bytes(_ANY_NUMBER, byteorder="big")}
+            | {HELPS: helps},
             delivery_mode=2,
             priority=0,
             **message.properties,

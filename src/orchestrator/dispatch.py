@@ -2,16 +2,19 @@
 
 A delivery works on a run for one slice of time: fix the plan, then take a batch, publish it with confirms,
 mark it, commit, again and again. Any number of deliveries may work on one run at once and share its rows;
-each may die at any point. Decides nothing about state: the ledger does, by compare-and-set.
+each may die at any point. Of a big run whoever begins a slice invites others to help with it: their deliveries end
+with the slice, so that a small run waits for a big one no longer than that. Decides nothing about state: the ledger
+does, by compare-and-set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 from uuid import UUID
 
 from orchestrator.catalog import Catalog
-from orchestrator.domain import TERMINAL, CrawlRun, DispatchState, ExtractionBatch, RunState, WakeUp
+from orchestrator.domain import TERMINAL, CrawlArguments, CrawlRun, DispatchState, ExtractionBatch, RunState, WakeUp
 from orchestrator.errors import PublishError, RefusedError
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.crawls import SHOWN_SKIPS
@@ -23,6 +26,24 @@ _log = logger(__name__)
 _FROM_THE_START: Final = 0  # data source ids are positive
 
 
+@dataclass(frozen=True, slots=True)
+class Help:
+    """Who helps with big runs.
+
+    Attributes:
+        above: data sources left above which help is asked for.
+        helpers: how many are asked each slice; none: nobody is.
+        ask: sends wake-ups, or raises a PublishError; that one is lost costs nothing but speed.
+    """
+
+    above: int
+    helpers: int
+    ask: Callable[[Sequence[WakeUp]], None]
+
+
+NO_HELP: Final = Help(0, 0, lambda _: None)
+
+
 class FanOut:
     """Works on crawl runs, one slice a delivery.
 
@@ -32,6 +53,7 @@ class FanOut:
         publisher: where messages go.
         batch_size: messages a transaction.
         slice_seconds: how long a delivery works before it hands over to its continuation.
+        help_: who helps with big runs.
         stopping: whether this process is about to stop; a slice then ends after its batch.
         clock: monotonic seconds.
     """
@@ -44,6 +66,7 @@ class FanOut:
         *,
         batch_size: int,
         slice_seconds: float,
+        help_: Help = NO_HELP,
         stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = monotonic,
     ) -> None:
@@ -52,6 +75,7 @@ class FanOut:
         self._publisher = publisher
         self._batch_size = batch_size
         self._slice_seconds = slice_seconds
+        self._help = help_
         self._stopping = stopping
         self._clock = clock
 
@@ -67,34 +91,64 @@ class FanOut:
         """
         deadline = self._clock() + self._slice_seconds
         run = self._ledger.crawls.begin(run_id, wake_number)
-        if run is None:
+        if run is None or not self._work(run, deadline, alone=True):
             return None
-        try:
-            if not run.materialized:
-                self._materialize(run)
-            unfinished = self._publish_until(deadline, run)
-        except PublishError as error:
-            self._ledger.crawls.postpone(run_id, error)
-            return None
-        except RefusedError as error:
-            self._ledger.runs.fail(run_id, error)
-            return None
-        if unfinished:
-            _log.info(Event.RUN_SLICE_ENDED)
-            return self._ledger.crawls.hand_over(run_id)
-        self._ledger.crawls.complete(run_id)
-        return None
+        _log.info(Event.RUN_SLICE_ENDED)
+        return self._ledger.crawls.hand_over(run_id)
 
-    def _materialize(self, run: CrawlRun) -> None:
+    def help(self, run_id: UUID, wake_number: int) -> None:
+        """Help with a run for at most one slice, if the slice of those who asked for it has not ended.
+
+        Args:
+            run_id: the run.
+            wake_number: the run's last wake-up when help was asked for.
+
+        Raises:
+            DatabaseUnavailableError: the ledger is out of reach; deliver again later.
+        """
+        deadline = self._clock() + self._slice_seconds
+        run = self._ledger.crawls.join(run_id, wake_number)
+        if run is not None and self._work(run, deadline, alone=False):
+            # Whoever asked may have ended while we held the last rows.
+            self._ledger.crawls.complete(run_id)
+
+    def _work(self, run: CrawlRun, deadline: float, *, alone: bool) -> bool:
+        """Publish until the slice ends; return whether more may be left."""
+        try:
+            left = self._materialize(run) if run.left is None else run.left
+            if alone and left > self._help.above:
+                self._ask_for_help(run)
+            if self._publish_until(deadline, run):
+                return True
+        except PublishError as error:
+            self._ledger.crawls.postpone(run.run_id, error)
+        except RefusedError as error:
+            self._ledger.runs.fail(run.run_id, error)
+        else:
+            self._ledger.crawls.complete(run.run_id)
+        return False
+
+    def _ask_for_help(self, run: CrawlRun) -> None:
+        invitation = WakeUp(run.run_id, CrawlArguments(run.task_id), run.traceparent, run.wake_number, helps=True)
+        try:
+            self._help.ask([invitation] * self._help.helpers)
+        except PublishError as error:
+            _log.warning(Event.WAKE_UP_FAILED, code=error.code, error=str(error))
+        else:
+            _log.info(Event.RUN_HELP_ASKED, helpers=self._help.helpers)
+
+    def _materialize(self, run: CrawlRun) -> int:
+        """Fix the plan; return how many data sources are to be published, as far as this call knows."""
         started = self._clock()
         counts = self._ledger.crawls.materialize(run.run_id, run.task_id, self._catalog.plan(run.task_id))
         if counts is None:
-            return
+            return 0
         total, skipped = counts
         DISPATCHES.add(DispatchState.SKIPPED, times=skipped)
         _log.info(Event.RUN_MATERIALIZED, total=total, skipped=skipped, seconds=round(self._clock() - started, 3))
         if skipped:
             self._warn_of_skips(run, skipped)
+        return total - skipped
 
     def _warn_of_skips(self, run: CrawlRun, skipped: int) -> None:
         shown = self._ledger.crawls.skipped_sources(run.run_id, SHOWN_SKIPS)

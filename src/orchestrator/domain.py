@@ -380,22 +380,33 @@ class WakeUp:
         arguments: its arguments, so that the message is one that any caller might have sent.
         traceparent: its W3C trace context.
         number: which of the run's wake-ups this is; a delivery tells by it that others came in between.
+        helps: whether it only asks for help with what the delivery of that number works on.
     """
 
     run_id: UUID
     arguments: Arguments
     traceparent: str
     number: int = 0
+    helps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CrawlRun:
-    """What the fan-out engine needs to know of a run it works on."""
+    """What the fan-out engine needs to know of a run it works on.
+
+    Attributes:
+        run_id: the run.
+        task_id: its crawl task.
+        traceparent: its W3C trace context.
+        wake_number: of its last wake-up.
+        left: data sources that were neither published nor skipped; none while it has no plan.
+    """
 
     run_id: UUID
     task_id: int
     traceparent: str
-    materialized: bool
+    wake_number: int
+    left: int | None
 
 
 class NoAttempt(StrEnum):

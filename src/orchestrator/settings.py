@@ -154,6 +154,10 @@ class DispatchSettings(_Section):
 
     batch_size: int = Field(1_000, ge=1, le=10_000, description="messages published per ledger transaction")
     slice_seconds: Seconds = Field(20.0, le=30, description="a delivery works this long, then continues later")
+    help_above: int = Field(
+        50_000, ge=1, le=1_000_000_000, description="data sources left of a run above which other workers help with it"
+    )
+    helpers: int = Field(3, ge=0, le=100, description="how many others are asked to, each slice; 0: none")
 
 
 class SchedulerSettings(_Section):

@@ -17,7 +17,7 @@ from celery.app.task import Context, Task
 from celery.exceptions import Reject
 
 from orchestrator.bootstrap import services, stopping
-from orchestrator.celery_app import ANALYSIS_QUEUE, ANALYSIS_TASK, CRAWL_QUEUE, CRAWL_TASK, WAKE_NUMBER, app
+from orchestrator.celery_app import ANALYSIS_QUEUE, ANALYSIS_TASK, CRAWL_QUEUE, CRAWL_TASK, HELPS, WAKE_NUMBER, app
 from orchestrator.domain import (
     AnalysisArguments,
     Arguments,
@@ -59,8 +59,12 @@ def _crawl(request: Context, args: tuple[object, ...], kwargs: Mapping[str, obje
     new = _accept(request, RunKind.CRAWL, CrawlArguments, args, kwargs)
     if new is None:
         return
+    number, fan_out = _number(request), services().fan_out
     with bound(**asdict(new.arguments)):
-        continuation = services().fan_out.deliver(new.run_id, _number(request))
+        if number is not None and request.get(HELPS):
+            fan_out.help(new.run_id, number)
+            return
+        continuation = fan_out.deliver(new.run_id, number)
     if continuation is not None:
         _wake(continuation)
 

@@ -32,6 +32,7 @@ class Event(StrEnum):
     """The plan of a crawl run is fixed: total, skipped, seconds."""
     BATCH_PUBLISHED = "batch.published"
     """A batch was published, marked and committed (debug): taken, confirmed."""
+    RUN_HELP_ASKED = "run.help_asked"
     RUN_SLICE_ENDED = "run.slice_ended"
     """A delivery used up its slice; a continuation goes on."""
     RUN_RETRYING = "run.retrying"

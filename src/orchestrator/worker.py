@@ -25,7 +25,7 @@ from kombu import Connection, Message
 from kombu.utils.json import dumps
 
 from orchestrator import bootstrap, tracing
-from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, WAKE_NUMBER, Sender, app, declare_topology
+from orchestrator.celery_app import ANALYSIS_TASK, CRAWL_TASK, HELPS, WAKE_NUMBER, Sender, app, declare_topology
 from orchestrator.domain import Node, storable
 from orchestrator.errors import ConfigurationError, PublishError
 from orchestrator.health import ABSENT_AFTER, Attendance, BrokerWatch
@@ -406,6 +406,7 @@ def _reduced(facts: dict[str, Any]) -> dict[str, Any]:
         "ignore_result": True,
         "traceparent": facts.get("traceparent"),
         WAKE_NUMBER: _wake_number(facts.get(WAKE_NUMBER)),
+        HELPS: facts.get(HELPS) is True,
         # After losing a child Celery sends the message again, with an ETA of its own.
         NOT_BEFORE: facts[NOT_BEFORE] if NOT_BEFORE in facts else facts.get("eta"),
         EXPIRES: facts.get(EXPIRES) if NOT_BEFORE in facts else facts.get("expires"),

@@ -240,9 +240,11 @@ class Judge:
             return
         if ended.woken is not None:
             self._given_back(ended, ended.woken)
-        if ended.letter is None or not (ended.begun and ended.process.flawless) or ended.handed_over:
+        if ended.letter is None or not (ended.begun or ended.helps) or not ended.process.flawless or ended.handed_over:
             return
         run_id = ended.letter.run_id
+        if ended.helps and any(row["state"] == "pending" for row in self._now.dispatches[run_id]):
+            return  # what is left is up to who asked for help
         if any(other.letter is not None and other.letter.run_id == run_id for other in self._world.actors):
             return  # the last one to leave shuts the door
         run = self._now.runs[run_id]

@@ -22,11 +22,11 @@ from orchestrator import tasks
 from orchestrator.analysis import Caps, SiteAnalyser
 from orchestrator.bootstrap import Services
 from orchestrator.catalog import Plan
-from orchestrator.celery_app import WAKE_NUMBER
+from orchestrator.celery_app import HELPS, WAKE_NUMBER
 from orchestrator.cli.runs import enqueue
 from orchestrator.db import Database
 from orchestrator.discovery import Answer, AnswerCode, DiscoveryClient, RetryPolicy
-from orchestrator.dispatch import FanOut
+from orchestrator.dispatch import FanOut, Help
 from orchestrator.domain import (
     TERMINAL,
     UNFINISHED,
@@ -96,12 +96,14 @@ class Letter:
 
     Attributes:
         not_before: the caller's ETA, by the world's clock.
+        helps: it only asks for help with a slice.
     """
 
     run_id: UUID
     arguments: Arguments
     number: int | None = None
     not_before: datetime | None = None
+    helps: bool = False
 
 
 class Application:
@@ -162,6 +164,7 @@ class Actor:
         process: the thread.
         letter: what it delivers.
         begun: it works on its run.
+        helps: it helps with its run.
         handed_over: its slice is over.
         told: it was told that its run is over.
         woken: the runs that the pulse woke, and how many events they had then.
@@ -172,6 +175,7 @@ class Actor:
     node: str
     letter: Letter | None = None
     begun: bool = False
+    helps: bool = False
     handed_over: bool = False
     told: bool = False
     woken: dict[UUID, int] | None = None
@@ -210,6 +214,14 @@ class Crawls(CrawlLedger):
             run = super().begin(run_id, wake_number)
             with process.checks():
                 self._world.began(before, wake_number, begun=run is not None)
+        return run
+
+    def join(self, run_id: UUID, wake_number: int) -> CrawlRun | None:
+        process = self._world.troupe.running
+        process.reach("transaction")
+        with process.in_one_go():
+            run = super().join(run_id, wake_number)
+            self._world.actor.helps = run is not None
         return run
 
     def materialize(self, run_id: UUID, task_id: int, plan: Plan) -> tuple[int, int] | None:
@@ -261,7 +273,10 @@ class World:
         self.ledger.crawls = Crawls(self._database, self)
         # One tick for each look at the clock: a slice ends after a batch or four.
         wire, client, queue = Wire(self), cast("DiscoveryClient", Discovery(self)), TaskQueue(self)
-        fan_out = FanOut(self.ledger, bench.catalog, wire, batch_size=BATCH, slice_seconds=5, clock=self._tick)
+        help_ = Help(BATCH, 1, queue.wake)
+        fan_out = FanOut(
+            self.ledger, bench.catalog, wire, batch_size=BATCH, slice_seconds=5, help_=help_, clock=self._tick
+        )
         policy = RetryPolicy(RETRIES, base_delay=60, max_delay=300)
         analyser = SiteAnalyser(self.ledger.analyses, client, policy, timeout=10, slice_seconds=9, clock=self._tick)
         self.ours = Ours(self.ledger, fan_out, analyser, queue, self)
@@ -397,7 +412,7 @@ class World:
         task = tasks.execute_crawl_task if crawl else tasks.trigger_site_analysis
 
         def work() -> None:
-            facts: dict[str, Any] = {"id": str(letter.run_id), WAKE_NUMBER: letter.number}
+            facts: dict[str, Any] = {"id": str(letter.run_id), WAKE_NUMBER: letter.number, HELPS: letter.helps}
             if letter.not_before is not None:
                 facts[NOT_BEFORE] = (letter.not_before - self.gone).isoformat()
             task.push_request(**facts)
@@ -507,7 +522,7 @@ class TaskQueue:
         arrived, confirmed = luck.fate(len(wake_ups), mask)
         for place in arrived:
             wake_up = wake_ups[place]
-            self._world.letters.append(Letter(wake_up.run_id, wake_up.arguments, wake_up.number))
+            self._world.letters.append(Letter(wake_up.run_id, wake_up.arguments, wake_up.number, helps=wake_up.helps))
         process.reach("enqueued")
         if len(confirmed) < len(wake_ups) and luck.error is not None:
             self._world.actor.failed = True
@@ -515,10 +530,13 @@ class TaskQueue:
 
     def _born(self, wake_up: WakeUp) -> None:
         story, row = self._world.stories[wake_up.run_id], self._world.row(wake_up.run_id)
-        if row["kind"] == "crawl":  # nobody asks for those of analyses
-            assert wake_up.number not in story.born, "two wake-ups of one number"
         assert wake_up.traceparent == traceparent_of(wake_up.run_id)
         assert story.arguments in {None, wake_up.arguments}
+        if wake_up.helps:
+            assert self._world.actor.begun, "who does not answer for a run asks for help"
+            return
+        if row["kind"] == "crawl":  # nobody asks for those of analyses
+            assert wake_up.number not in story.born, "two wake-ups of one number"
         if self._world.actor.process.name.startswith("pulse"):
             (told,) = self._world.rows("SELECT count(*) FROM run_events WHERE run_id = %s", wake_up.run_id)
             self._world.actor.woken = (self._world.actor.woken or {}) | {wake_up.run_id: told["count"]}

@@ -6,12 +6,13 @@ Any number of workers may be at one run at once; see the package for the order o
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import (
     Connection,
     Integer,
+    Row,
     Select,
     Text,
     bindparam,
@@ -103,13 +104,32 @@ class CrawlLedger:
             if run is None:
                 return None
             if run.stalls <= MAX_STALLS:
-                return CrawlRun(run.id, run.task_id, run.traceparent, run.materialized_at is not None)
+                return _crawl_run(run)
             last = f"; the last error: {run.error_message}" if run.error_message else ""
             ended = end(
                 connection, run_id, RunState.FAILED, "no_progress", f"{MAX_STALLS} deliveries without progress{last}"
             )
         announce(ended)
         return None
+
+    def join(self, run_id: UUID, wake_number: int) -> CrawlRun | None:
+        """Help with a slice of a crawl run; return none when that slice has ended, or the run waits or is over.
+
+        Changes nothing: whoever began the slice answers for what follows it.
+
+        Args:
+            run_id: the run.
+            wake_number: the run's last wake-up when help was asked for.
+        """
+        asked = select(runs).where(
+            runs.c.id == run_id,
+            runs.c.state == RunState.RUNNING,
+            runs.c.wake_number == wake_number,
+            runs.c.materialized_at.is_not(None),
+        )
+        with self._database.transaction() as connection:
+            run = connection.execute(asked).one_or_none()
+            return None if run is None else _crawl_run(run)
 
     def hand_over(self, run_id: UUID) -> WakeUp | None:
         """Return the continuation to send at the end of a slice; none when another wake-up is on its way."""
@@ -211,6 +231,11 @@ class CrawlLedger:
                 stalls=0,
             )
         announce(run)
+
+
+def _crawl_run(run: Row[Any]) -> CrawlRun:
+    left = None if run.materialized_at is None else run.total - run.published - run.skipped
+    return CrawlRun(run.id, run.task_id, run.traceparent, run.wake_number, left)
 
 
 # --- Statements of the hot path, built once ----------------------------------------------------------------
