@@ -1,7 +1,7 @@
 """The ledger's promises, one by one: legal transitions, counts that add up, shared batches, wake-ups, attempts."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import Connection
 
 from orchestrator.discovery import Answer, AnswerCode
+from orchestrator.dispatch import Help
 from orchestrator.domain import (
     TRANSITIONS,
     UNFINISHED,
@@ -30,6 +31,7 @@ from orchestrator.domain import (
     RunKind,
     RunState,
     Trigger,
+    WakeUp,
     message_id,
     traceparent_of,
 )
@@ -547,6 +549,67 @@ def test_messages_and_marks_commit_together_where_the_queue_is_in_postgresql(ben
     assert [row["headers"]["message_id"] for row in rows] == [
         str(message_id(run_id, source)) for source in range(1, 26)
     ]
+
+
+# --- Help with big runs ------------------------------------------------------------------------------------
+
+
+def test_help_is_asked_for_by_who_begins_a_slice_of_a_run_that_is_big_enough(bench: Workbench) -> None:
+    asked: list[WakeUp] = []
+    help_ = Help(20, 3, asked.extend)
+    bench.fan_out(Fake(), help_=help_).deliver(bench.planned(20))
+    assert not asked
+    run_id = bench.planned(21)
+    bench.fan_out(Fake(), help_=help_).deliver(run_id)
+    assert [(each.run_id, each.number, each.helps) for each in asked] == [(run_id, 0, True)] * 3
+
+
+def test_who_helps_takes_part_until_the_slice_is_handed_over(bench: Workbench) -> None:
+    run_id = bench.planned(50)
+    asked: list[WakeUp] = []
+    helpers = Fake()
+
+    def publish(batch: ExtractionBatch) -> Receipt:
+        if asked:  # in the middle of its slice
+            bench.fan_out(helpers, batches=1).help(run_id, asked.pop().number)
+        return Receipt([source for source, _ in batch.sources])
+
+    first = Fake(publish)
+    continuation = bench.fan_out(first, batches=1, help_=Help(20, 1, asked.extend)).deliver(run_id)
+
+    assert continuation is not None
+    assert [len(publisher.batches) for publisher in (first, helpers)] == [1, 1]
+    bench.fan_out(helpers).help(run_id, 0)
+    assert len(helpers.batches) == 1, "it helped with a slice that was over"
+    assert bench.state(run_id) == RunState.RUNNING
+    assert bench.fan_out(first).deliver(run_id, continuation.number) is None
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 50, "skipped": 0}
+    bench.fan_out(helpers).help(run_id, continuation.number)
+    assert len(helpers.batches) == 1, "it helped with a run that was over"
+
+
+def test_who_helps_to_the_last_shuts_the_door(bench: Workbench) -> None:
+    run_id = bench.planned(10)
+
+    def publish(batch: ExtractionBatch) -> Receipt:
+        # Whoever answers for the run finds that the rest is taken, and leaves.
+        assert bench.fan_out(Fake()).deliver(run_id) is None
+        return Receipt([source for source, _ in batch.sources])
+
+    bench.fan_out(Fake(publish), batches=1).help(run_id, 0)
+
+    assert bench.state(run_id) == RunState.SUCCEEDED
+
+
+def test_help_that_cannot_be_asked_for_is_done_without(bench: Workbench) -> None:
+    run_id = bench.planned(30)
+
+    def ask(_: Sequence[WakeUp]) -> None:
+        raise DOWN
+
+    assert bench.fan_out(Fake(), help_=Help(1, 1, ask)).deliver(run_id) is None
+
+    assert bench.state(run_id) == RunState.SUCCEEDED
 
 
 # --- Postponing --------------------------------------------------------------------------------------------
@@ -1221,7 +1284,7 @@ class OneRun(RuleBasedStateMachine):
         begun = self.bench.ledger.crawls.begin(self.run_id)
         assert (begun is not None) is (self.state in UNFINISHED)
         if begun is not None:
-            assert begun.materialized is self.planned
+            assert begun.left == (len(self.pending) if self.planned else None)
             self.state = RunState.RUNNING
 
     @rule()

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
+from time import monotonic
 from typing import Any, Final, LiteralString, Self
 from uuid import UUID, uuid4
 
@@ -12,7 +14,7 @@ from psycopg.rows import dict_row
 
 from orchestrator.catalog import Catalog
 from orchestrator.db import Database
-from orchestrator.dispatch import FanOut
+from orchestrator.dispatch import NO_HELP, FanOut, Help
 from orchestrator.domain import (
     AnalysisArguments,
     Arguments,
@@ -120,10 +122,21 @@ class Workbench:
             batch.mark(sources)
         return sources
 
-    def fan_out(self, publisher: Publisher | None = None, *, batch_size: int = 10) -> FanOut:
-        """Make a fan-out engine."""
+    def fan_out(
+        self,
+        publisher: Publisher | None = None,
+        *,
+        batch_size: int = 10,
+        batches: int | None = None,
+        help_: Help = NO_HELP,
+    ) -> FanOut:
+        """Make a fan-out engine, whose slices end after so many batches, or after 20 s."""
         chosen = publisher or self.publisher
-        return FanOut(self.ledger, self.catalog, chosen, batch_size=batch_size, slice_seconds=20)
+        # One second for each look at the clock, of which the first sets the end.
+        clock, seconds = (monotonic, 20.0) if batches is None else (partial(next, count()), batches + 0.5)
+        return FanOut(
+            self.ledger, self.catalog, chosen, batch_size=batch_size, slice_seconds=seconds, help_=help_, clock=clock
+        )
 
     def begin_attempt(
         self, run_id: UUID, *, node: str = NODE, max_retries: int = 3, cap: int = 100, node_cap: int = 100

@@ -76,13 +76,14 @@ def test_every_place_holder_is_replaced_wherever_it_occurs() -> None:
     run_id=st.uuids(),
     arguments=st.builds(CrawlArguments, BIGINTS) | st.builds(AnalysisArguments, BIGINTS, THEMES),
     number=st.integers(0, 2**31 - 1),
+    helps=st.booleans(),
 )
-@example(run_id=UUID(int=2**128 - 1), arguments=AnalysisArguments(2**63 - 1, "😀" * 255), number=2**31 - 1)
-@example(run_id=UUID(int=0), arguments=AnalysisArguments(1, '%b"\\\x01\u2028' * 20), number=0)
+@example(run_id=UUID(int=2**128 - 1), arguments=AnalysisArguments(2**63 - 1, "😀" * 255), number=2**31 - 1, helps=True)
+@example(run_id=UUID(int=0), arguments=AnalysisArguments(1, '%b"\\\x01\u2028' * 20), number=0, helps=False)
 def test_wake_ups_are_the_messages_that_celery_sends(
-    run_id: UUID, arguments: CrawlArguments | AnalysisArguments, number: int
+    run_id: UUID, arguments: CrawlArguments | AnalysisArguments, number: int, *, helps: bool
 ) -> None:
-    wake_up = WakeUp(run_id, arguments, traceparent_of(run_id), number)
+    wake_up = WakeUp(run_id, arguments, traceparent_of(run_id), number, helps)
     crawl = isinstance(arguments, CrawlArguments)
     queue, task = (CRAWL_QUEUE, CRAWL_TASK) if crawl else (ANALYSIS_QUEUE, ANALYSIS_TASK)
     celery = Celery(broker="memory://", task_routes={task: {"queue": queue}}, set_as_current=False)
@@ -92,7 +93,7 @@ def test_wake_ups_are_the_messages_that_celery_sends(
         expected = channel.basic_get(queue, no_ack=True)
     assert expected is not None
 
-    envelope = _Envelope(celery, task, queue)
+    envelope = _Envelope(celery, task, queue, helps=helps)
     publish, header, body = frames_in(envelope.template.fill(envelope.messages([wake_up])))
     assert isinstance(publish, commands.Basic.Publish)
     assert (publish.exchange, publish.routing_key, publish.mandatory) == ("", queue, True)
