@@ -100,6 +100,65 @@ def test_cancel_in_mid_fan_out_stops_it_whatever_comes_late(make_stack: StackFac
     assert (verdict.messages, verdict.duplicates) == (run["published"], 0)
 
 
+# --- Help with big runs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("workers killed (SIGKILL) while they help with one big run")
+def test_helpers_that_die(make_rabbitmq: StackFactory, evidence: Evidence) -> None:
+    batch = 20
+    stack = make_rabbitmq(
+        DISPATCH__BATCH_SIZE=str(batch), DISPATCH__HELP_ABOVE="100", DISPATCH__SLICE_SECONDS="2", LOG__LEVEL="DEBUG"
+    )
+    task_id = a_big_task(stack)
+    with Fleet(stack, 3) as fleet:
+        run_id = stack.crawl(task_id)
+        fleet.crawls.append(run_id)
+
+        def sharing() -> list[Process]:
+            found = [worker for worker in fleet.ready() if fleet.position(worker) is not None]
+            return found if len(found) > 1 else []
+
+        for _ in rounds(2, 20):
+            if not fleet.unfinished():
+                fleet.crawl()
+            at_work = eventually(sharing, within=60, what="several are at one run")
+            for worker in at_work[:-1]:
+                fleet.kill(worker)
+                evidence.trials += 1
+            fleet.await_ready()
+        with evidence.recovery():
+            eventually(lambda: not fleet.unfinished(), within=RESUMED, what="every run is over")
+        fleet.assert_well()
+
+    verdict = Oracle(stack).assert_holds(dict.fromkeys(fleet.crawls, range(1, SOURCES + 1)))
+    evidence.saw(verdict)
+    assert verdict.duplicates <= batch * evidence.trials, "more than one batch for each killed worker came twice"
+
+
+@pytest.mark.fault("a small run that comes while more help with a big one is asked for than there are workers")
+def test_a_small_run_waits_for_a_big_one_no_longer_than_a_slice(
+    make_rabbitmq: StackFactory, evidence: Evidence
+) -> None:
+    stack = make_rabbitmq(
+        DISPATCH__BATCH_SIZE="10", DISPATCH__HELP_ABOVE="100", DISPATCH__HELPERS="8", DISPATCH__SLICE_SECONDS="2"
+    )
+    task_id = a_big_task(stack)
+    stack.application.add_task(2, range(1, 11))
+    with Fleet(stack, 2) as fleet:
+        big = stack.crawl(task_id)
+        await_published(stack, big, 100)
+        before = stack.run(big) or {}
+        small = stack.crawl(2)
+        stack.await_run(small)
+        after = stack.run(big) or {}
+        fleet.stop()
+
+    assert after["state"] == "running", "the big one was over first: the test proved nothing"
+    # Each slice has a number of its own. One is under way; while the small one is worked on another may begin.
+    assert after["wake_number"] - before["wake_number"] <= 2
+    evidence.trials += 1
+
+
 # --- Zombies -------------------------------------------------------------------------------------------------------
 
 
