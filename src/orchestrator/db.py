@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from orchestrator.errors import (
+    DatabaseLockedError,
     DatabaseRightsError,
     DatabaseUnavailableError,
     NotMigratedError,
@@ -249,6 +250,8 @@ def _translate(error: BaseException | None) -> OrchestratorError | None:
         return NotMigratedError(f"{_first_line(error)}; run `orchestrator migrate`")
     if isinstance(error, pg.InsufficientPrivilege):
         return DatabaseRightsError(f"{_first_line(error)}; deploy/postgresql/grants.sql has the rights that are needed")
+    if isinstance(error, pg.DeadlockDetected | pg.LockNotAvailable):
+        return DatabaseLockedError(f"PostgreSQL: {_first_line(error)}")
     # A prepared statement met an ALTER TABLE of the application's; it is prepared anew on the next try.
     if isinstance(error, _TRANSIENT) or (isinstance(error, pg.FeatureNotSupported) and "cached plan" in str(error)):
         return DatabaseUnavailableError(f"PostgreSQL: {_first_line(error)}")

@@ -200,6 +200,10 @@ class DatabaseUnavailableError(TransientError):
     code = "database_unavailable"
 
 
+class DatabaseLockedError(DatabaseUnavailableError):
+    """Others hold locks that are needed, for too long or so that all would wait for each other."""
+
+
 class DatabaseRightsError(TransientError):
     """Our role lacks a right on our own tables; work goes on once it is granted."""
 

@@ -13,7 +13,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.discovery_server import DiscoveryServer
+from tests.support.discovery_server import DiscoveryServer, answer
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Process, children_of, eventually, free_port
 from tests.support.rabbitmq import RabbitMQServer
@@ -208,6 +208,7 @@ def test_a_callers_trace_goes_on_to_the_extractor_and_to_discovery(stack: Stack,
     trace_id, parent_id = caller.split("-")[1:3]
     with Collector() as collector:
         stack.env |= {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        discovery.play(answer())
         stack.worker()
         crawl = stack.crawl(1, headers={"traceparent": caller})
         analysis = stack.analyse(7, "news", headers={"traceparent": caller})

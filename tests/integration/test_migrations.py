@@ -9,16 +9,19 @@ from typing import Final, LiteralString
 
 import psycopg
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect
+from sqlalchemy.schema import CreateSchema
 
 from orchestrator import migrations
 from orchestrator.db import Database
-from orchestrator.errors import NotMigratedError
+from orchestrator.errors import DatabaseLockedError, NotMigratedError
 from orchestrator.schema import SCHEMA, metadata
 from tests.support.ledgers import Workbench
 from tests.support.postgres import PostgresServer
+from tests.support.processes import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -54,6 +57,12 @@ def execute(database: Database, statement: LiteralString) -> None:
 def tables(database: Database) -> set[str]:
     with database.transaction() as connection:
         return set(inspect(connection).get_table_names(schema=database.schema))
+
+
+def waiting_for(database: Database, name: LiteralString) -> bool:
+    with psycopg.connect(database.conninfo, autocommit=True) as connection:
+        asked = "SELECT FROM pg_locks WHERE NOT granted AND relation = to_regclass(%s)"
+        return connection.execute(asked, [f"orchestrator.{name}"]).fetchone() is not None
 
 
 def described(url: str) -> list[tuple[object, ...]]:
@@ -181,6 +190,36 @@ def test_a_migration_that_fails_leaves_nothing_behind(database: Database) -> Non
     assert tables(database) == {"runs"}
     with database.transaction() as connection:
         assert "pgmq" not in inspect(connection).get_schema_names()
+
+
+def test_a_migration_that_meets_others_at_work_is_tried_again(
+    database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with database.transaction() as connection:
+        connection.execute(CreateSchema(SCHEMA))
+        command.upgrade(migrations._config(connection, SCHEMA), "0003")  # noqa: SLF001 -- an older code's
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(database.conninfo) as worker:
+        worker.execute("SET deadlock_timeout = '1h'")  # it is not the one that has to give in
+        worker.execute("LOCK TABLE orchestrator.runs IN ROW EXCLUSIVE MODE")
+        migrating = pool.submit(migrations.upgrade, database, with_queues=False)
+        eventually(lambda: waiting_for(database, "runs"), within=30, what="the migration waits for the worker")
+        # In the order of a worker that fixes a plan; the migration has the dispatches already.
+        worker.execute("LOCK TABLE orchestrator.dispatches IN ROW EXCLUSIVE MODE")
+        worker.commit()
+        assert migrating.result(60) is True
+
+    migrations.verify(database)
+    assert "deadlock detected" in "".join(capsys.readouterr())
+
+
+def test_a_migration_that_others_never_let_in_says_so(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrations, "_PATIENCE", 0.0)
+    monkeypatch.setattr(migrations, "_LONGEST_WAIT", "100ms")
+    execute(database, "CREATE SCHEMA orchestrator; CREATE TABLE orchestrator.alembic_version (version_num text)")
+    with psycopg.connect(database.conninfo) as other:
+        other.execute("LOCK TABLE orchestrator.alembic_version IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(DatabaseLockedError, match=r"in use all the time .*lock timeout"):
+            migrations.upgrade(database, with_queues=False)
 
 
 def test_queues_are_installed_once_and_may_be_added_later(database: Database) -> None:

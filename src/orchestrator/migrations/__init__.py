@@ -6,19 +6,27 @@ former imports Alembic, which would take a fifth of every command's start.
 
 from functools import cache
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import Connection, column, func, literal, select, table
 from sqlalchemy.schema import CreateSchema
 
 from orchestrator.db import Database
-from orchestrator.errors import ConfigurationError, NotMigratedError
+from orchestrator.errors import ConfigurationError, DatabaseLockedError, NotMigratedError
+from orchestrator.telemetry import Event, logger
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 VERSION_TABLE: Final = "alembic_version"
 _HOME: Final = Path(__file__).parent
+_LONGEST_WAIT: Final = "4s"
+"""For a lock on a table."""
+_PATIENCE: Final = 120.0
+"""Seconds for which it is tried again, because others lock the tables."""
+
+_log = logger(__name__)
 
 
 def upgrade(database: Database, *, with_queues: bool) -> bool:
@@ -30,7 +38,23 @@ def upgrade(database: Database, *, with_queues: bool) -> bool:
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
+        DatabaseLockedError: others have been using the tables for minutes on end.
     """
+    give_up_at = monotonic() + _PATIENCE
+    while True:
+        try:
+            return _upgrade(database, with_queues=with_queues)
+        except DatabaseLockedError as error:
+            # Nothing of it was done. Who is at work locks the same tables in another order: a deadlock is no surprise.
+            if monotonic() > give_up_at:
+                raise DatabaseLockedError(
+                    f"the ledger's tables are in use all the time ({error}); try again when there is less work"
+                ) from error
+            _log.warning(Event.DATABASE_WAITING, code=error.code, error=str(error))
+            sleep(1)
+
+
+def _upgrade(database: Database, *, with_queues: bool) -> bool:
     from alembic import command  # noqa: PLC0415 -- see above
 
     with database.transaction() as connection:
@@ -39,6 +63,8 @@ def upgrade(database: Database, *, with_queues: bool) -> bool:
             connection.execute(select(func.set_config(name, "0", literal(value=True))))
         # Held to the end of the transaction: a second process waits here and then finds nothing to do.
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("orchestrator:migrate", 0))))
+        # Behind who waits for a table everybody else waits, too.
+        connection.execute(select(func.set_config("lock_timeout", _LONGEST_WAIT, literal(value=True))))
         installed = with_queues and _install_queues(connection)
         revision = _revision(connection, database.schema)
         if revision == _known()[-1] or not (revision is None or revision in _known()):
