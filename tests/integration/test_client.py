@@ -162,6 +162,15 @@ def test_the_examples_run(api: Api, name: str) -> None:
     assert api.stack.await_run(run_id)["state"] == "succeeded"
 
 
+def test_the_readmes_client_runs(api: Api) -> None:
+    (script,) = re.findall(r"^```python\n(.*?)^```", (DOCS.parent / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert api.stack.broker is not None
+    script = script.replace("amqp://user:password@mq.example:5672/vhost", api.stack.broker) + "print(run_id)\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert api.stack.await_run(UUID(done.stdout.strip()))["kind"] == "crawl"
+
+
 SCRIPTS: Final = re.findall(r"^```sh\n(.*?)^```", (DOCS / "api.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
