@@ -9,10 +9,13 @@ busy: a run is started once, however often it has to be asked for. Thread-safe.
 """
 
 import random
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, Self
 from uuid import UUID, uuid4
@@ -26,6 +29,7 @@ OVER: Final = frozenset({"succeeded", "failed", "canceled"})
 
 _LONGEST_PAUSE: Final = 10.0
 _AGAIN: Final = frozenset({429, 502, 503, 504})
+_PLAIN: Final = re.compile(r"[\x21-\x7e]+")
 
 
 class ApiError(Exception):
@@ -91,7 +95,7 @@ class Run:
         return cls(
             **values
             | {
-                "id": UUID(document["id"]),
+                "id": UUID(str(document["id"])),
                 "created_at": datetime.fromisoformat(document["created_at"]),
                 "finished_at": _moment(document["finished_at"]),
                 "document": document,
@@ -108,6 +112,9 @@ class Client:
         timeout: seconds for one request.
         tries: how often a request is sent, at most, while there is no answer or the service is busy.
         transport: httpx2's, to put something in between.
+
+    Raises:
+        ValueError: the URL, the key or the number of tries is none.
     """
 
     def __init__(
@@ -119,6 +126,13 @@ class Client:
         tries: int = 4,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"the URL must begin with http:// or https://, got {url!r}")
+        if tries < 1:
+            raise ValueError(f"tries must be at least 1, got {tries}")
+        # Not in any sentence: who logs errors must not log keys.
+        if not _PLAIN.fullmatch(key := key.strip()):
+            raise ValueError("the API key must be printable ASCII, without spaces")
         headers = {"Authorization": f"Bearer {key}", "User-Agent": f"task-orchestrator-client/{__version__}"}
         self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
         self._tries = tries
@@ -150,7 +164,9 @@ class Client:
             ApiError: ``crawl_task_not_found``, ``run_in_progress``, …
         """
         wish = {"task_id": task_id, "on_conflict": on_conflict, "reason": reason}
-        return _accepted(self._post("/v1/runs", wish, idempotency_key)["run"])
+        document = self._post("/v1/runs", wish, idempotency_key)
+        with _understood():
+            return _accepted(document["run"])
 
     def analyze(
         self,
@@ -166,15 +182,20 @@ class Client:
             ApiError: ``invalid_request``, …
         """
         wish = {"data_source_ids": list(data_source_ids), "theme_name": theme_name, "reason": reason}
-        return [_accepted(each) for each in self._post("/v1/analyses", wish, idempotency_key)["runs"]]
+        document = self._post("/v1/analyses", wish, idempotency_key)
+        with _understood():
+            return [_accepted(each) for each in document["runs"]]
 
     def get(self, run_id: UUID | str) -> Run:
         """Return how a run stands.
 
         Raises:
             ApiError: ``run_not_found``, …
+            ValueError: the id is no UUID.
         """
-        return Run.of(self._ask("GET", f"/v1/runs/{run_id}")["run"])
+        document = self._ask("GET", _path_of(run_id))
+        with _understood():
+            return Run.of(document["run"])
 
     def runs(self, **filters: object) -> Iterator[Run]:
         """Yield runs, newest first, page by page; filters are the API's, for instance ``state="failed"``.
@@ -185,26 +206,32 @@ class Client:
         params = {name: str(value) for name, value in filters.items() if value is not None}
         while True:
             page = self._ask("GET", "/v1/runs", params=params)
-            yield from map(Run.of, page["items"])
-            if page["next_cursor"] is None:
+            with _understood():
+                items, following = list(map(Run.of, page["items"])), page["next_cursor"]
+            yield from items
+            if following is None:
                 return
-            params["cursor"] = page["next_cursor"]
+            params["cursor"] = following
 
     def retry(self, run_id: UUID | str, *, reason: str | None = None, idempotency_key: str | None = None) -> Accepted:
         """Put a failed run back in the queue, or repeat what succeeded or was canceled as a new run.
 
         Raises:
             ApiError: ``illegal_transition``, …
+            ValueError: the id is no UUID.
         """
-        return _accepted(self._post(f"/v1/runs/{run_id}/retry", {"reason": reason}, idempotency_key)["run"])
+        document = self._post(f"{_path_of(run_id)}/retry", {"reason": reason}, idempotency_key)
+        with _understood():
+            return _accepted(document["run"])
 
     def cancel(self, run_id: UUID | str, *, reason: str | None = None, idempotency_key: str | None = None) -> None:
         """Cancel a run: what is not sent yet is skipped.
 
         Raises:
             ApiError: ``illegal_transition``, …
+            ValueError: the id is no UUID.
         """
-        self._post(f"/v1/runs/{run_id}/cancel", {"reason": reason}, idempotency_key)
+        self._post(f"{_path_of(run_id)}/cancel", {"reason": reason}, idempotency_key)
 
     def wait(self, run_id: UUID | str, *, within: float = 3_600.0, every: float = 1.0) -> Run:
         """Return a run once it is over.
@@ -217,6 +244,7 @@ class Client:
         Raises:
             TimeoutError: it is not over in time; it goes on.
             ApiError: ``run_not_found``, …
+            ValueError: the id is no UUID.
         """
         give_up_at = time.monotonic() + within
         state = "unknown"
@@ -236,6 +264,8 @@ class Client:
             time.sleep(every)
 
     def _post(self, path: str, wish: Mapping[str, object], key: str | None) -> dict[str, Any]:
+        if key is not None and not _PLAIN.fullmatch(key):
+            raise ValueError(f"an idempotency key must be printable ASCII, without spaces, got {key!r}")
         said = {name: value for name, value in wish.items() if value is not None}
         return self._ask("POST", path, json=said, headers={"Idempotency-Key": key or str(uuid4())})
 
@@ -245,19 +275,41 @@ class Client:
             try:
                 response = self._http.request(method, path, **options)
             except httpx2.TransportError as error:
-                if last:
+                if last or isinstance(error, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
                     raise ApiError(0, "unreachable", f"no answer: {str(error) or type(error).__name__}", {}) from error
                 _pause(number, None)
                 continue
             if response.is_success:
-                document: dict[str, Any] = response.json()
-                return document
+                return _document(response)
             problem = _problem(response)
             if last or not (response.status_code in _AGAIN or problem.get("code") == "request_in_progress"):
                 detail = problem.get("detail", response.reason_phrase)
                 raise ApiError(response.status_code, problem.get("code", "http_error"), detail, problem)
             _pause(number, response.headers.get("Retry-After"))
-        raise AssertionError("tries must be at least 1")
+        raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _path_of(run_id: UUID | str) -> str:
+    # Whatever else it were would be a path of its own.
+    return f"/v1/runs/{UUID(str(run_id))}"
+
+
+def _document(response: httpx2.Response) -> dict[str, Any]:
+    with _understood():
+        document = response.json()
+        if not isinstance(document, dict):
+            raise TypeError(f"a {type(document).__name__} where an object was expected")
+        return document
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Turn what is wrong with an answer into ApiError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        sentence = f"the answer is none of this API's: {type(error).__name__}: {error}"
+        raise ApiError(HTTPStatus.OK, "not_understood", sentence, {}) from error
 
 
 def _pause(number: int, asked: str | None) -> None:
@@ -275,7 +327,7 @@ def _problem(response: httpx2.Response) -> dict[str, Any]:
 
 
 def _accepted(document: Mapping[str, Any]) -> Accepted:
-    return Accepted(UUID(document["id"]), document["kind"], document["created"])
+    return Accepted(UUID(str(document["id"])), document["kind"], document["created"])
 
 
 def _moment(text: str | None) -> datetime | None:

@@ -20,7 +20,9 @@
     │   ├── ForbiddenError                the API key's role may not do that
     │   └── KeyNotFoundError              no such API key
     └── TransientError                wait and try again; nothing is lost meanwhile
-        ├── DatabaseUnavailableError      PostgreSQL is down, restarting or not migrated yet
+        ├── ApiBusyError                  a request waited too long for its turn
+        ├── DatabaseUnavailableError      PostgreSQL is down or restarting
+        │   └── DatabaseLockedError           others hold locks that are needed
         ├── DatabaseRightsError           our role lacks a right on our own tables
         ├── NotMigratedError              the ledger's tables are missing or older than this code
         └── PublishError                  the broker did not confirm
@@ -35,6 +37,7 @@ returned by the API. ``retryable`` tells whether waiting can help; no caller loo
 """
 
 from collections.abc import Sequence
+from math import ceil
 from typing import ClassVar
 from uuid import UUID
 
@@ -171,7 +174,7 @@ class TooManyFailuresError(RefusedError):
     retryable = True
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"too many API keys that are not valid came from this address; wait {seconds:.0f} s")
+        super().__init__(f"too many API keys that are not valid came from this address; wait {ceil(seconds)} s")
         self.seconds = seconds
 
 
@@ -192,6 +195,12 @@ class TransientError(OrchestratorError):
 
     code = "transient"
     retryable = True
+
+
+class ApiBusyError(TransientError):
+    """A request has waited so long for its turn that its caller will hardly be there any more."""
+
+    code = "api_busy"
 
 
 class DatabaseUnavailableError(TransientError):

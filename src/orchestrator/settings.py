@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from functools import cache
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -201,6 +202,13 @@ class ApiSettings(_Section):
     open_metrics: bool = Field(
         default=False, description="whether /metrics is for everybody; else it wants a viewer's key"
     )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            ip_network(proxy)  # its error says what is wrong
+        return proxies
 
     @field_validator("cors_origins")
     @classmethod

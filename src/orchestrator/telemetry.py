@@ -66,6 +66,7 @@ class Event(StrEnum):
     WAKE_UP_FAILED = "wake_up.failed"
     """A wake-up could not be enqueued; the pulse will: code, error."""
     API_STARTED = "api.started"
+    API_WITHOUT_KEYS = "api.without_keys"
     """The HTTP API listens: host, port."""
     REQUEST_FAILED = "request.failed"
     """The HTTP API could not answer, by no fault of the caller's: code, error, path."""

@@ -151,6 +151,7 @@ def test_without_a_database_nothing_is_promised(hurt: Api, postgres: PostgresSer
             assert answer.headers["content-type"] == "application/problem+json"
             assert answer.json()["code"] == "database_unavailable"
             assert answer.headers["retry-after"]
+            assert str(postgres.port) not in answer.text, "it tells where the database is"
         assert (hurt.get("/healthz", None).status_code, hurt.get("/readyz", None).status_code) == (200, 503)
 
         postgres.start()
@@ -161,3 +162,28 @@ def test_without_a_database_nothing_is_promised(hurt: Api, postgres: PostgresSer
         assert hurt.stack.query("SELECT count(*) FROM orchestrator.runs")[0]["count"] == evidence.trials - 1
         run_id = accepted(hurt.post("/v1/runs", {"task_id": 1}))
         hurt.stack.await_run(run_id, "succeeded", within=RESUMED)
+
+
+@pytest.mark.fault("PostgreSQL frozen (SIGSTOP) while many ask the API, more than it has threads")
+def test_a_frozen_database_holds_up_nobody_for_long(hurt: Api, postgres: PostgresServer, evidence: Evidence) -> None:
+    assert hurt.get("/v1/runs").status_code == 200
+    postgres.freeze()
+    try:
+        headers = {"Authorization": f"Bearer {hurt.keys[Role.VIEWER]}"}
+        with (
+            httpx2.Client(timeout=120, limits=httpx2.Limits(max_connections=None), headers=headers) as client,
+            ThreadPoolExecutor(160) as pool,
+        ):
+            answers = list(pool.map(lambda _: client.get(f"{hurt.url}/v1/runs"), range(160)))
+        evidence.trials += len(answers)
+        assert hurt.get("/healthz", None).status_code == 200
+    finally:
+        postgres.thaw()
+    for answer in answers:
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["code"] in {"database_unavailable", "api_busy"}
+        assert answer.headers["retry-after"]
+    assert any(answer.json()["code"] == "api_busy" for answer in answers), "everybody waited for everybody"
+    with evidence.recovery():
+        eventually(lambda: hurt.get("/readyz", None).status_code == 200, within=RESUMED, what="it is ready", every=0.2)
+    hurt.stack.await_run(accepted(hurt.post("/v1/runs", {"task_id": 1})), "succeeded", within=RESUMED)

@@ -1,5 +1,6 @@
 """The HTTP API as its callers see it: a served process on real PostgreSQL and RabbitMQ."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,9 @@ def test_keys_are_made_listed_and_revoked_at_the_command_line(api: Api) -> None:
     assert command(api.stack, "keys", "revoke", made["id"], "--reason", "lost").code == 0
     problem_of(api.get("/v1/runs", None, headers=bearer), 401, "unauthenticated")
 
+    for name in ("", "x" * 101, "red \x1b[31m", b"\xff\xfe".decode(errors="surrogateescape")):
+        refused = command(api.stack, "keys", "create", name)
+        assert (refused.code, "printable characters" in refused.err) == (2, True), refused.err
     again = command(api.stack, "keys", "revoke", made["id"])
     assert (again.code, "revoked already" in again.err) == (1, True)
     assert command(api.stack, "keys", "revoke", "nobody").code == 1
@@ -204,6 +208,47 @@ def test_what_is_no_json_or_too_much_of_it_is_refused(api: Api) -> None:
     chunks = api.post("/v1/runs", content=iter([b" " * 700_000] * 2), headers={"Content-Type": "application/json"})
     problem_of(chunks, 413, "request_too_large")
     problem_of(api.get("/v1/runs?stat=failed"), 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("headers", "sentence"),
+    [
+        ({"Content-Type": ""}, "Content-Type: application/json"),
+        ({"Content-Type": "text/plain"}, "Content-Type: application/json"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "compressed"),
+    ],
+)
+def test_a_body_says_that_it_is_json(api: Api, task: int, headers: dict[str, str], sentence: str) -> None:
+    body = json.dumps({"task_id": task}).encode()
+    answer = api.request("POST", "/v1/runs", Role.OPERATOR, content=body, headers=headers)
+    assert sentence in problem_of(answer, 415, "unsupported_media_type")["detail"]
+    also = {"Content-Type": "Application/JSON; charset=utf-8"}
+    started(api.request("POST", "/v1/runs", Role.OPERATOR, content=body, headers=also))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "wrong"),
+    [
+        ("POST", "/v1/schedules/1/backfill?dry_run=true", "dry_run"),
+        ("GET", "/v1/workers?colour=red", "colour"),
+        ("GET", "/v1/runs?state=failed&state=succeeded", "state"),
+        ("GET", f"/v1/runs/{uuid4()}?limit=3", "limit"),
+    ],
+)
+def test_parameters_without_effect_are_refused(api: Api, method: str, path: str, wrong: str) -> None:
+    body = {"since": "2026-01-01T00:00:00Z", "until": "2026-01-02T00:00:00Z"} if method == "POST" else None
+    answer = api.request(method, path, Role.OPERATOR, **({"json": body} if body else {}))
+    problem = problem_of(answer, 422, "invalid_request")
+    assert [error["where"] for error in problem["errors"]] == [f"query.{wrong}"]
+
+
+def test_cursors_belong_to_their_list(api: Api, task: int) -> None:
+    for _ in range(2):
+        started(api.post("/v1/runs", {"task_id": task}))
+    cursor = api.get("/v1/runs?limit=1").json()["next_cursor"]
+    audit = api.get("/v1/audit-events?limit=1", Role.ADMIN).json()["next_cursor"]
+    for path, other in (("/v1/audit-events", cursor), ("/v1/firings", audit), ("/v1/schedules", audit)):
+        problem_of(api.get(f"{path}?cursor={other}", Role.ADMIN), 400, "invalid_cursor")
 
 
 def test_an_unknown_crawl_task_is_told_at_once(api: Api) -> None:
@@ -358,6 +403,8 @@ def test_queues_and_workers_are_shown(api: Api, task: int) -> None:
 def test_health_is_for_everybody(api: Api) -> None:
     assert api.get("/healthz", None).json()["status"] == "ok"
     assert api.get("/readyz", None).json()["status"] == "ok"
+    for path in OPEN:
+        assert api.request("HEAD", path, None).status_code == 200
 
 
 def test_prometheus_reads_with_a_viewers_key(api: Api, task: int) -> None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
@@ -102,6 +103,15 @@ def test_a_schedule_is_paused_resumed_made_up_for_and_explained(api: Api) -> Non
     assert (last["action"], last["after"]["slots"], last["after"]["runs"]) == ("backfill", 2, 2)
 
 
+def test_who_pauses_and_resumes_at_once_is_answered(api: Api) -> None:
+    def change(number: int) -> int:
+        return api.post(f"/v1/schedules/{TASK}/{('pause', 'resume')[number % 2]}").status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(change, range(80))) == {200, 409}
+    api.post(f"/v1/schedules/{TASK}/resume")
+
+
 def test_an_api_that_is_told_to_stop_ends_well(api: Api) -> None:
     another = serve(api.stack)
     address_of(another)
@@ -139,6 +149,50 @@ def test_a_lost_answer_starts_no_second_run(api: Api) -> None:
 def test_who_cannot_be_reached_is_given_up_on() -> None:
     with Client("http://127.0.0.1:9", "ork_none", tries=2) as client, pytest.raises(ApiError, match="unreachable"):
         client.run(1)
+
+
+@pytest.mark.parametrize("key", ["", "ork_geheim\nzwei", "ork_ключ", "ork geheim"])
+def test_what_is_no_key_is_refused_without_being_told(key: str) -> None:
+    with pytest.raises(ValueError, match="API key must be printable") as refused:
+        Client("http://127.0.0.1:9", key)
+    assert "geheim" not in str(refused.value)
+
+
+def test_wrong_uses_are_told_at_once(api: Api) -> None:
+    with pytest.raises(ValueError, match="http://"):
+        Client("orchestrator.example", "ork_key")
+    with pytest.raises(ValueError, match="tries"):
+        Client(api.url, "ork_key", tries=0)
+    # A key that was read from a file ends in a newline.
+    with Client(api.url, api.keys[Role.OPERATOR] + "\n") as client:
+        list(client.runs(limit=1, task_id=999))
+        for ask in (client.get, client.cancel, client.retry):
+            # Else whoever names a run could have anything asked for with this key.
+            with pytest.raises(ValueError, match="UUID"):
+                ask(f"../schedules/{TASK}/pause?")
+        with pytest.raises(ValueError, match="idempotency key"):
+            client.run(TASK, idempotency_key="two\nlines")
+
+
+class Foreign(httpx2.BaseTransport):
+    """Answers as something does that is not this API."""
+
+    def __init__(self, body: str) -> None:
+        self._body = body
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """See httpx2."""
+        return httpx2.Response(200, text=self._body, request=request)
+
+
+@pytest.mark.parametrize("body", ["<html>", "[]", "{}", '{"run": {"id": 1}}'])
+def test_an_answer_that_is_none_of_ours_is_an_error_of_the_api(body: str) -> None:
+    with Client("http://api.example", "ork_key", transport=Foreign(body)) as client:
+        with pytest.raises(ApiError) as refused:
+            client.get(uuid4())
+        assert refused.value.code == "not_understood"
+        with pytest.raises(ApiError, match="not_understood"):
+            client.run(1)
 
 
 def test_the_client_needs_nothing_else_of_this_package() -> None:

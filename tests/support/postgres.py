@@ -205,12 +205,27 @@ class PostgresServer:
                     os.kill(member, signal.SIGKILL)
             self._await_end(family)
 
+    def freeze(self) -> None:
+        """Stop the postmaster and every backend in their tracks (SIGSTOP), as a host that hangs would."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Have them go on."""
+        self._signal(signal.SIGCONT)
+
     def close(self) -> None:
         """Stop it and remove its data."""
         atexit.unregister(self.close)
         self.stop(StopMode.IMMEDIATE)
         self._server.leave()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _signal(self, number: signal.Signals) -> None:
+        pid = self._server.postmaster()
+        assert pid is not None, "it does not run"
+        for member in [pid, *children_of(pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(member, number)
 
     def _await_end(self, family: list[int]) -> None:
         eventually(lambda: not any(map(process_exists, family)), within=_LIMIT, what="PostgreSQL ends")

@@ -3,11 +3,12 @@
 from http import HTTPStatus
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from orchestrator import __version__, metrics, migrations
 from orchestrator.api import pages, schemas
+from orchestrator.api.limits import check_turn
 from orchestrator.api.problems import problems
 from orchestrator.api.security import Ours, Routes
 from orchestrator.domain import Role
@@ -15,7 +16,7 @@ from orchestrator.errors import TransientError
 from orchestrator.insights import AuditFilter
 
 routes: Final = Routes("operations")
-unversioned: Final = Routes("operations")
+unversioned: Final = Routes("operations", prefix="")
 open_metrics: Final = APIRouter(tags=["operations"])
 open_to_all: Final = APIRouter(tags=["health"])
 
@@ -60,16 +61,19 @@ open_metrics.get("/metrics", response_class=PlainTextResponse)(metrics_text)
 # --- For everybody -----------------------------------------------------------------------------------------------
 
 
+@open_to_all.head("/healthz", include_in_schema=False)
 @open_to_all.get("/healthz", response_model=schemas.Health)
 async def healthz() -> schemas.Health:
     """Say that this process answers."""
     return schemas.Health(status="ok", version=__version__)
 
 
+@open_to_all.head("/readyz", include_in_schema=False)
 @open_to_all.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
-def readyz(ours: Ours, response: Response) -> schemas.Health:
+def readyz(request: Request, ours: Ours, response: Response) -> schemas.Health:
     """Say whether requests can be answered: whether the ledger is there. A broker that is away does not matter."""
     try:
+        check_turn(request)
         migrations.verify(ours.database)
     except TransientError as error:
         response.status_code = HTTPStatus.SERVICE_UNAVAILABLE

@@ -109,5 +109,6 @@ def paged(
 
 
 def _digest(filters: Mapping[str, object]) -> str:
-    document = json.dumps(sorted((name, str(value)) for name, value in filters.items() if value is not None))
+    # With those that are unset: their names tell lists apart.
+    document = json.dumps(sorted((name, str(value)) for name, value in filters.items()))
     return blake2b(document.encode(), digest_size=9).hexdigest()

@@ -6,6 +6,7 @@ member of a request where it is and what is wrong. Nothing of a request is repea
 
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from math import ceil
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,8 @@ from starlette.exceptions import HTTPException
 
 from orchestrator.errors import (
     CrawlTaskNotFoundError,
+    DatabaseRightsError,
+    DatabaseUnavailableError,
     ForbiddenError,
     IllegalTransitionError,
     InvalidArgumentsError,
@@ -59,6 +62,7 @@ CODES: Final = {
     HTTPStatus.BAD_REQUEST: "malformed_request",
     HTTPStatus.REQUEST_TIMEOUT: "request_too_slow",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type",
 }
 """Of problems that the web framework finds."""
 _RETRY_AFTER: Final = 2  # seconds
@@ -119,6 +123,11 @@ def of_error(request: Request, error: OrchestratorError) -> JSONResponse:
         # A setting or a table that does not fit: an operator's to mend, not the caller's.
         _log.error(Event.REQUEST_FAILED, code=error.code, error=str(error), path=request.url.path)
         status = HTTPStatus.SERVICE_UNAVAILABLE
+    sentence = str(error)
+    if isinstance(error, DatabaseUnavailableError | DatabaseRightsError):
+        # Whose words these are: PostgreSQL's, of addresses and tables, and nobody has said yet who asks.
+        _log.warning(Event.REQUEST_FAILED, code=error.code, error=sentence, path=request.url.path)
+        sentence = "the database cannot be reached, or cannot serve right now; ask again"
     headers: dict[str, str] = {}
     members: dict[str, Any] = {}
     if status is HTTPStatus.UNAUTHORIZED:
@@ -126,17 +135,17 @@ def of_error(request: Request, error: OrchestratorError) -> JSONResponse:
     if error.retryable:
         headers["Retry-After"] = str(_RETRY_AFTER)
     if isinstance(error, TooManyFailuresError):
-        headers["Retry-After"] = str(max(1, round(error.seconds)))
+        headers["Retry-After"] = str(ceil(error.seconds))
     if isinstance(error, IllegalTransitionError):
         members["allowed"] = list(error.allowed)
     if isinstance(error, RunInProgressError):
         members["run_id"] = str(error.run_id)
-    return problem(request, status, error.code, str(error), headers=headers, **members)
+    return problem(request, status, error.code, sentence, headers=headers, **members)
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return how a route documents the problems that it has besides those of every route."""
-    everywhere = (400, 401, 403, 408, 413, 422, 429, 500, 503)
+    everywhere = (400, 401, 403, 408, 413, 415, 422, 429, 500, 503)
     schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}

@@ -42,10 +42,13 @@ def _storable(text: str) -> str:
 Id = Annotated[int, Field(ge=1, le=MAX_BIGINT, strict=True)]
 PathId = Annotated[int, Path(ge=1, le=MAX_BIGINT)]
 Text = Annotated[str, AfterValidator(_storable)]
-Reason = Annotated[Text | None, Field(max_length=_LONGEST_REASON, description="why, for the audit log")]
+Reason = Annotated[
+    Annotated[Text, StringConstraints(max_length=_LONGEST_REASON)] | None, Field(description="why, for the audit log")
+]
 Theme = Annotated[
     Text, StringConstraints(min_length=1, max_length=MAX_THEME_LENGTH, pattern=r"\S"), Field(examples=["news"])
 ]
+_Short = Annotated[Text, StringConstraints(max_length=100)]
 ScheduleText = Annotated[Text, Field(min_length=1, max_length=_LONGEST_SCHEDULE, examples=["每天 03:00"])]
 
 
@@ -112,7 +115,7 @@ class PreviewRequest(_In):
     """A schedule to be tried out."""
 
     text: ScheduleText
-    zone: Annotated[Text | None, Field(max_length=64, description="IANA time zone; unset: the default one")] = None
+    zone: Annotated[_Short | None, Field(description="IANA time zone; unset: the default one")] = None
     after: Moment | None = Field(None, description="show fires after this moment; unset: now")
     count: int = Field(5, ge=1, le=100)
 
@@ -147,8 +150,8 @@ class RunQuery(PageQuery):
     data_source_id: Annotated[
         int | None, Field(ge=1, le=MAX_BIGINT, description="analyses of it, and crawl runs that have it in their plan")
     ] = None
-    theme_name: Annotated[Text | None, Field(max_length=MAX_THEME_LENGTH)] = None
-    error_code: Annotated[Text | None, Field(max_length=100)] = None
+    theme_name: Annotated[Text, StringConstraints(max_length=MAX_THEME_LENGTH)] | None = None
+    error_code: _Short | None = None
     since: _Since = None
     until: _Until = None
 
@@ -177,8 +180,8 @@ class FiringQuery(PageQuery):
 class AuditQuery(PageQuery):
     """Which events of the audit log are wanted."""
 
-    actor: Annotated[Text | None, Field(max_length=200)] = None
-    action: Annotated[Text | None, Field(max_length=50)] = None
+    actor: Annotated[Text, StringConstraints(max_length=200)] | None = None
+    action: _Short | None = None
     run_id: UUID | None = None
     task_id: _QueryId = None
     since: Moment | None = None

@@ -10,8 +10,10 @@ from time import monotonic
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from orchestrator.api.limits import check_turn
 from orchestrator.bootstrap import Services
 from orchestrator.domain import Role
 from orchestrator.errors import ForbiddenError, TooManyFailuresError, UnauthenticatedError
@@ -24,6 +26,7 @@ FAILURES: Final = 20
 REFILL: Final = 3.0
 """Seconds after which one of them is forgotten."""
 _ADDRESSES: Final = 10_000
+_LONGEST_ADDRESS: Final = 64
 
 _bearer: Final = HTTPBearer(auto_error=False, description="an API key: `orchestrator keys create`")
 
@@ -70,9 +73,11 @@ def principal(
     """Return whose request it is.
 
     Raises:
+        ApiBusyError: it has waited for too long.
         UnauthenticatedError: it has no valid API key.
         TooManyFailuresError: its address has sent too many that are not valid.
     """
+    check_turn(request)
     if credentials is None:
         raise UnauthenticatedError("this needs an API key: Authorization: Bearer …")
     services: Services = request.app.state.services
@@ -81,7 +86,8 @@ def principal(
         return services.ledger.keys.authenticate(credentials.credentials)
     except UnauthenticatedError:
         failures: FailureLimit = request.app.state.failures
-        failures.note(request.client.host if request.client else "unknown")
+        # A proxy passes on whatever its caller calls itself.
+        failures.note(request.client.host[:_LONGEST_ADDRESS] if request.client else "unknown")
         raise
 
 
@@ -93,10 +99,11 @@ class Routes:
 
     Args:
         tag: under which the documentation lists them.
+        prefix: what all their paths begin with.
     """
 
-    def __init__(self, tag: str) -> None:
-        self._router = APIRouter(tags=[tag])
+    def __init__(self, tag: str, prefix: str = "/v1") -> None:
+        self._router = APIRouter(tags=[tag], prefix=prefix)
 
     def get(self, path: str, role: Role = Role.VIEWER, **options: Any) -> Callable[[Handler], Handler]:  # noqa: ANN401 -- FastAPI's
         """Return a decorator for what is read."""
@@ -106,19 +113,37 @@ class Routes:
         """Return a decorator for what changes something."""
         return self._route("POST", path, role, options)
 
-    def serve_in(self, app: FastAPI, prefix: str = "") -> None:
+    def serve_in(self, app: FastAPI) -> None:
         """Have an application serve them."""
-        app.include_router(self._router, prefix=prefix)
+        app.include_router(self._router)
 
     def _route(self, method: str, path: str, role: Role, options: dict[str, Any]) -> Callable[[Handler], Handler]:
-        async def allowed(asks: Annotated[Principal, Depends(principal)]) -> Principal:
+        async def allowed(request: Request, asks: Annotated[Principal, Depends(principal)]) -> Principal:
             if not asks.role.covers(role):
                 raise ForbiddenError(f"this needs the role {role}; the API key has {asks.role}")
+            _check_parameters(request)
             return asks
 
         extra = {"x-role": role.value}
         dependencies = [Depends(allowed)]
         return self._router.api_route(path, methods=[method], dependencies=dependencies, openapi_extra=extra, **options)
+
+
+def _check_parameters(request: Request) -> None:
+    """Refuse what would have no effect: a filter that does nothing is worse than none.
+
+    Raises:
+        RequestValidationError: a parameter of the query is unknown, or there twice.
+    """
+    known = request.app.state.parameters[request.method, request.scope["route"].path]
+    names = [name for name, _ in request.query_params.multi_items()]
+    wrong = {name: "there is no such parameter here" for name in names if name not in known} | {
+        name: "may be given once" for name in known if names.count(name) > 1
+    }
+    if wrong:
+        raise RequestValidationError(
+            [{"loc": ("query", name[:50]), "msg": problem, "type": "parameter"} for name, problem in wrong.items()]
+        )
 
 
 Asks = Annotated[Principal, Depends(principal)]

@@ -125,12 +125,15 @@ def _celery(program: str, arguments: Sequence[str] = ()) -> list[str]:
     return [sys.executable, "-m", "celery", "--app", "orchestrator.celery_app", program, *arguments]
 
 
-@app.command(epilog="Example: [bold]orchestrator up[/]. Ctrl-C stops both in good order, a second one at once.")
+@app.command(
+    epilog="Example: [bold]orchestrator up[/]. Ctrl-C stops all in good order, a second one at once. Who asks the API "
+    "needs a key: [bold]orchestrator keys create me --role operator[/] in another terminal."
+)
 def up() -> None:
-    """Run a worker and a beat together, and start again whichever dies."""
+    """Run a worker, a beat and the HTTP API together, and start again whichever dies."""
     configure_logging(current().log)
     try:
-        # We outlive both: the embedded server is stopped once, after them.
+        # We outlive them: the embedded server is stopped once, after them.
         bootstrap.home.open()
         api = [sys.executable, "-m", "orchestrator", "api"]
         stopped = _Crew({"worker": _celery("worker"), "beat": _celery("beat"), "api": api}).run()

@@ -12,11 +12,11 @@ from hashlib import sha256
 from hmac import compare_digest
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, exists, func, insert, or_, select, update
 
 from orchestrator.db import Database
 from orchestrator.domain import Role
-from orchestrator.errors import IllegalTransitionError, KeyNotFoundError, UnauthenticatedError
+from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, KeyNotFoundError, UnauthenticatedError
 from orchestrator.ledger.transitions import clock, now
 from orchestrator.schema import api_keys, audit_events
 
@@ -24,6 +24,7 @@ PREFIX: Final = "ork"
 _ID_BYTES: Final = 6
 _SECRET_BYTES: Final = 32
 _LONGEST: Final = 200
+_LONGEST_NAME: Final = 100
 _VALID: Final = api_keys.c.revoked_at.is_(None) & or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
 _STALE: Final = or_(api_keys.c.used_at.is_(None), api_keys.c.used_at < now - timedelta(minutes=1))
 
@@ -87,7 +88,14 @@ class KeyLedger:
             role: what it may do.
             actor: who asks.
             days: after which it is no longer valid; none: it stays valid.
+
+        Raises:
+            InvalidArgumentsError: that is no name.
         """
+        if not 1 <= len(name.strip()) <= _LONGEST_NAME or not name.isprintable():
+            raise InvalidArgumentsError(
+                f"a key's name has 1 to {_LONGEST_NAME} printable characters, got {name[:50]!r}"
+            )
         key_id = secrets.token_hex(_ID_BYTES)
         text = f"{PREFIX}_{key_id}_{secrets.token_urlsafe(_SECRET_BYTES)}"
         lives = None if days is None else clock + timedelta(days=days)
@@ -119,6 +127,11 @@ class KeyLedger:
         statement = select(*_SHOWN).order_by(api_keys.c.created_at.desc(), api_keys.c.id)
         with self._database.transaction() as connection:
             return list(map(_view, connection.execute(statement)))
+
+    def any(self) -> bool:
+        """Return whether anybody has a valid key."""
+        with self._database.transaction() as connection:
+            return bool(connection.scalar(select(exists().where(_VALID))))
 
     def authenticate(self, text: str) -> Principal:
         """Return whose key this is.

@@ -456,6 +456,8 @@ class ScheduleLedger:
             IllegalTransitionError: it is not paused.
         """
         with self._database.transaction(within) as connection:
+            # First, as those who pause do: else the two would wait for each other.
+            _require(connection, task_id)
             statement = (
                 update(pauses)
                 .where(pauses.c.task_id == task_id, pauses.c.resumed_at.is_(None))
@@ -464,7 +466,6 @@ class ScheduleLedger:
             )
             pause = connection.execute(statement).one_or_none()
             if pause is None:
-                _require(connection, task_id)
                 raise IllegalTransitionError(
                     f"the schedule of crawl task {task_id} is not paused; allowed: pause", ["pause"]
                 )
