@@ -47,8 +47,7 @@ CRAWL_TASK: Final = "orchestrator.tasks.execute_crawl_task"
 
 WAKE_NUMBER: Final = "orchestrator_wake_number"
 HELPS: Final = "orchestrator_helps"
-"""Headers of wake-ups: see :class:`orchestrator.domain.WakeUp`."""
-"""Header of our own wake-ups; see ``domain.WakeUp.number``."""
+"""Headers of our own wake-ups; see :class:`orchestrator.domain.WakeUp`."""
 
 CONFIRM_TIMEOUT: Final = 5.0  # seconds
 IO_TIMEOUT: Final = 10.0  # seconds

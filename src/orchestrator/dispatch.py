@@ -2,9 +2,8 @@
 
 A delivery works on a run for one slice of time: fix the plan, then take a batch, publish it with confirms,
 mark it, commit, again and again. Any number of deliveries may work on one run at once and share its rows;
-each may die at any point. Of a big run whoever begins a slice invites others to help with it: their deliveries end
-with the slice, so that a small run waits for a big one no longer than that. Decides nothing about state: the ledger
-does, by compare-and-set.
+each may die at any point. Of a big run whoever begins a slice invites others to help with it, a second at a time, so
+that a small run hardly waits for them. Decides nothing about state: the ledger does, by compare-and-set.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,11 +33,13 @@ class Help:
         above: data sources left above which help is asked for.
         helpers: how many are asked each slice; none: nobody is.
         ask: sends wake-ups, or raises a PublishError; that one is lost costs nothing but speed.
+        seconds: how long a helper works before it goes to the end of the queue.
     """
 
     above: int
     helpers: int
     ask: Callable[[Sequence[WakeUp]], None]
+    seconds: float = 1.0
 
 
 NO_HELP: Final = Help(0, 0, lambda _: None)
@@ -91,47 +92,56 @@ class FanOut:
         """
         deadline = self._clock() + self._slice_seconds
         run = self._ledger.crawls.begin(run_id, wake_number)
-        if run is None or not self._work(run, deadline, alone=True):
+        if run is None:
             return None
-        _log.info(Event.RUN_SLICE_ENDED)
-        return self._ledger.crawls.hand_over(run_id)
+        try:
+            left = self._materialize(run) if run.left is None else run.left
+            if left > self._help.above:
+                self._ask_for_help(run)
+            unfinished = self._publish_until(deadline, run)
+        except PublishError as error:
+            self._ledger.crawls.postpone(run_id, error)
+            return None
+        except RefusedError as error:
+            self._ledger.runs.fail(run_id, error)
+            return None
+        if unfinished:
+            _log.info(Event.RUN_SLICE_ENDED)
+            return self._ledger.crawls.hand_over(run_id)
+        self._ledger.crawls.complete(run_id)
+        return None
 
-    def help(self, run_id: UUID, wake_number: int) -> None:
-        """Help with a run for at most one slice, if the slice of those who asked for it has not ended.
+    def help(self, run_id: UUID, wake_number: int) -> WakeUp | None:
+        """Help with a run for a moment, if the slice of those who asked for it has not ended.
 
         Args:
             run_id: the run.
             wake_number: the run's last wake-up when help was asked for.
 
+        Returns:
+            The same invitation, to be sent again, when there is more to do: behind whatever else waits by now.
+
         Raises:
             DatabaseUnavailableError: the ledger is out of reach; deliver again later.
         """
-        deadline = self._clock() + self._slice_seconds
+        deadline = self._clock() + min(self._help.seconds, self._slice_seconds)
         run = self._ledger.crawls.join(run_id, wake_number)
-        if run is not None and self._work(run, deadline, alone=False):
-            # Whoever asked may have ended while we held the last rows.
-            self._ledger.crawls.complete(run_id)
-
-    def _work(self, run: CrawlRun, deadline: float, *, alone: bool) -> bool:
-        """Publish until the slice ends; return whether more may be left."""
+        if run is None:
+            return None
         try:
-            left = self._materialize(run) if run.left is None else run.left
-            if alone and left > self._help.above:
-                self._ask_for_help(run)
             if self._publish_until(deadline, run):
-                return True
-        except PublishError as error:
-            self._ledger.crawls.postpone(run.run_id, error)
-        except RefusedError as error:
-            self._ledger.runs.fail(run.run_id, error)
-        else:
-            self._ledger.crawls.complete(run.run_id)
-        return False
+                return _invitation(run)
+        except (PublishError, RefusedError) as error:
+            # Whoever asked meets it, too, and answers for the run; our rows are free again.
+            _log.warning(Event.RUN_HELP_GIVEN_UP, code=error.code, error=str(error))
+            return None
+        # Whoever asked may have ended while we held the last rows.
+        self._ledger.crawls.complete(run_id)
+        return None
 
     def _ask_for_help(self, run: CrawlRun) -> None:
-        invitation = WakeUp(run.run_id, CrawlArguments(run.task_id), run.traceparent, run.wake_number, helps=True)
         try:
-            self._help.ask([invitation] * self._help.helpers)
+            self._help.ask([_invitation(run)] * self._help.helpers)
         except PublishError as error:
             _log.warning(Event.WAKE_UP_FAILED, code=error.code, error=str(error))
         else:
@@ -194,3 +204,7 @@ class FanOut:
         if receipt.error is not None:
             raise receipt.error
         return pending.sources[-1][0], state
+
+
+def _invitation(run: CrawlRun) -> WakeUp:
+    return WakeUp(run.run_id, CrawlArguments(run.task_id), run.traceparent, run.wake_number, helps=True)

@@ -158,7 +158,7 @@ class DispatchSettings(_Section):
     help_above: int = Field(
         50_000, ge=1, le=1_000_000_000, description="data sources left of a run above which other workers help with it"
     )
-    helpers: int = Field(3, ge=0, le=100, description="how many others are asked to, each slice; 0: none")
+    helpers: int = Field(3, ge=0, le=100, description="how many others are asked to; 0: none")
 
 
 class SchedulerSettings(_Section):

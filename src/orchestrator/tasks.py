@@ -62,9 +62,9 @@ def _crawl(request: Context, args: tuple[object, ...], kwargs: Mapping[str, obje
     number, fan_out = _number(request), services().fan_out
     with bound(**asdict(new.arguments)):
         if number is not None and request.get(HELPS):
-            fan_out.help(new.run_id, number)
-            return
-        continuation = fan_out.deliver(new.run_id, number)
+            continuation = fan_out.help(new.run_id, number)
+        else:
+            continuation = fan_out.deliver(new.run_id, number)
     if continuation is not None:
         _wake(continuation)
 

@@ -33,6 +33,7 @@ class Event(StrEnum):
     BATCH_PUBLISHED = "batch.published"
     """A batch was published, marked and committed (debug): taken, confirmed."""
     RUN_HELP_ASKED = "run.help_asked"
+    RUN_HELP_GIVEN_UP = "run.help_given_up"
     RUN_SLICE_ENDED = "run.slice_ended"
     """A delivery used up its slice; a continuation goes on."""
     RUN_RETRYING = "run.retrying"

@@ -42,6 +42,8 @@ from orchestrator.errors import (
     DatabaseUnavailableError,
     IllegalTransitionError,
     InvalidArgumentsError,
+    MessageRefusedError,
+    PublishError,
     RunNotFoundError,
 )
 from orchestrator.ledger.crawls import MAX_STALLS
@@ -567,11 +569,12 @@ def test_help_is_asked_for_by_who_begins_a_slice_of_a_run_that_is_big_enough(ben
 def test_who_helps_takes_part_until_the_slice_is_handed_over(bench: Workbench) -> None:
     run_id = bench.planned(50)
     asked: list[WakeUp] = []
+    again: list[WakeUp | None] = []
     helpers = Fake()
 
     def publish(batch: ExtractionBatch) -> Receipt:
         if asked:  # in the middle of its slice
-            bench.fan_out(helpers, batches=1).help(run_id, asked.pop().number)
+            again.append(bench.fan_out(helpers, batches=1).help(run_id, asked.pop().number))
         return Receipt([source for source, _ in batch.sources])
 
     first = Fake(publish)
@@ -579,12 +582,15 @@ def test_who_helps_takes_part_until_the_slice_is_handed_over(bench: Workbench) -
 
     assert continuation is not None
     assert [len(publisher.batches) for publisher in (first, helpers)] == [1, 1]
-    bench.fan_out(helpers).help(run_id, 0)
+    (invitation,) = again
+    assert invitation is not None
+    assert (invitation.number, invitation.helps) == (0, True), "it goes to the end of the queue"
+    assert bench.fan_out(helpers).help(run_id, invitation.number) is None
     assert len(helpers.batches) == 1, "it helped with a slice that was over"
     assert bench.state(run_id) == RunState.RUNNING
     assert bench.fan_out(first).deliver(run_id, continuation.number) is None
     assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 50, "skipped": 0}
-    bench.fan_out(helpers).help(run_id, continuation.number)
+    assert bench.fan_out(helpers).help(run_id, continuation.number) is None
     assert len(helpers.batches) == 1, "it helped with a run that was over"
 
 
@@ -596,9 +602,21 @@ def test_who_helps_to_the_last_shuts_the_door(bench: Workbench) -> None:
         assert bench.fan_out(Fake()).deliver(run_id) is None
         return Receipt([source for source, _ in batch.sources])
 
-    bench.fan_out(Fake(publish), batches=1).help(run_id, 0)
+    assert bench.fan_out(Fake(publish)).help(run_id, 0) is None
 
     assert bench.state(run_id) == RunState.SUCCEEDED
+
+
+@pytest.mark.parametrize("error", [DOWN, MessageRefusedError("too large")])
+def test_who_helps_and_cannot_leaves_the_run_to_others(bench: Workbench, error: PublishError) -> None:
+    run_id = bench.planned(30)
+    before = bench.run(run_id)
+
+    assert bench.fan_out(Fake(lambda _: Receipt([], error))).help(run_id, 0) is None
+
+    after = bench.run(run_id)
+    assert after | {"progress_at": None, "wake_at": None} == before | {"progress_at": None, "wake_at": None}
+    assert bench.assert_adds_up(run_id) == {"pending": 30, "published": 0, "skipped": 0}
 
 
 def test_help_that_cannot_be_asked_for_is_done_without(bench: Workbench) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from time import monotonic
@@ -135,7 +136,13 @@ class Workbench:
         # One second for each look at the clock, of which the first sets the end.
         clock, seconds = (monotonic, 20.0) if batches is None else (partial(next, count()), batches + 0.5)
         return FanOut(
-            self.ledger, self.catalog, chosen, batch_size=batch_size, slice_seconds=seconds, help_=help_, clock=clock
+            self.ledger,
+            self.catalog,
+            chosen,
+            batch_size=batch_size,
+            slice_seconds=seconds,
+            help_=help_ if batches is None else replace(help_, seconds=seconds),
+            clock=clock,
         )
 
     def begin_attempt(

@@ -273,7 +273,7 @@ class World:
         self.ledger.crawls = Crawls(self._database, self)
         # One tick for each look at the clock: a slice ends after a batch or four.
         wire, client, queue = Wire(self), cast("DiscoveryClient", Discovery(self)), TaskQueue(self)
-        help_ = Help(BATCH, 1, queue.wake)
+        help_ = Help(BATCH, 1, queue.wake, seconds=2)
         fan_out = FanOut(
             self.ledger, bench.catalog, wire, batch_size=BATCH, slice_seconds=5, help_=help_, clock=self._tick
         )
@@ -533,7 +533,7 @@ class TaskQueue:
         assert wake_up.traceparent == traceparent_of(wake_up.run_id)
         assert story.arguments in {None, wake_up.arguments}
         if wake_up.helps:
-            assert self._world.actor.begun, "who does not answer for a run asks for help"
+            assert self._world.actor.begun or self._world.actor.helps, "who does not work on a run asks for help"
             return
         if row["kind"] == "crawl":  # nobody asks for those of analyses
             assert wake_up.number not in story.born, "two wake-ups of one number"
