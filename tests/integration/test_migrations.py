@@ -200,10 +200,10 @@ def test_a_migration_that_meets_others_at_work_is_tried_again(
         command.upgrade(migrations._config(connection, SCHEMA), "0003")  # noqa: SLF001 -- an older code's
     with ThreadPoolExecutor(1) as pool, psycopg.connect(database.conninfo) as worker:
         worker.execute("SET deadlock_timeout = '1h'")  # it is not the one that has to give in
+        # In the order of a worker that fixes a plan; the migration has the dispatches by then.
         worker.execute("LOCK TABLE orchestrator.runs IN ROW EXCLUSIVE MODE")
         migrating = pool.submit(migrations.upgrade, database, with_queues=False)
         eventually(lambda: waiting_for(database, "runs"), within=30, what="the migration waits for the worker")
-        # In the order of a worker that fixes a plan; the migration has the dispatches already.
         worker.execute("LOCK TABLE orchestrator.dispatches IN ROW EXCLUSIVE MODE")
         worker.commit()
         assert migrating.result(60) is True
@@ -213,7 +213,7 @@ def test_a_migration_that_meets_others_at_work_is_tried_again(
 
 
 def test_a_migration_that_others_never_let_in_says_so(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrations, "_PATIENCE", 0.0)
+    monkeypatch.setattr(migrations, "_TRIES", 2)
     monkeypatch.setattr(migrations, "_LONGEST_WAIT", "100ms")
     execute(database, "CREATE SCHEMA orchestrator; CREATE TABLE orchestrator.alembic_version (version_num text)")
     with psycopg.connect(database.conninfo) as other:

@@ -6,7 +6,7 @@ former imports Alembic, which would take a fifth of every command's start.
 
 from functools import cache
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import Connection, column, func, literal, select, table
@@ -23,8 +23,8 @@ VERSION_TABLE: Final = "alembic_version"
 _HOME: Final = Path(__file__).parent
 _LONGEST_WAIT: Final = "4s"
 """For a lock on a table."""
-_PATIENCE: Final = 120.0
-"""Seconds for which it is tried again, because others lock the tables."""
+_TRIES: Final = 30
+"""How often it is tried, because others lock the tables."""
 
 _log = logger(__name__)
 
@@ -38,20 +38,20 @@ def upgrade(database: Database, *, with_queues: bool) -> bool:
 
     Raises:
         DatabaseUnavailableError: the database cannot be reached.
-        DatabaseLockedError: others have been using the tables for minutes on end.
+        DatabaseLockedError: others are using the tables all the time.
     """
-    give_up_at = monotonic() + _PATIENCE
-    while True:
+    for number in range(1, _TRIES + 1):
         try:
             return _upgrade(database, with_queues=with_queues)
         except DatabaseLockedError as error:
             # Nothing of it was done. Who is at work locks the same tables in another order: a deadlock is no surprise.
-            if monotonic() > give_up_at:
+            if number == _TRIES:
                 raise DatabaseLockedError(
                     f"the ledger's tables are in use all the time ({error}); try again when there is less work"
                 ) from error
             _log.warning(Event.DATABASE_WAITING, code=error.code, error=str(error))
             sleep(1)
+    raise AssertionError("unreachable: the last try returns or raises")
 
 
 def _upgrade(database: Database, *, with_queues: bool) -> bool:
