@@ -1,6 +1,7 @@
 """Pages: one after the other they show everything once, in order, whatever is filtered by."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -116,6 +117,25 @@ def test_pages_show_every_run_that_fits_once(
     assert found == [view for view in everything if fits(view)]
     assert insights.count_runs(wanted, 100) == len(found)
     assert insights.count_runs(wanted, 2) == min(len(found), 2)
+
+
+def test_a_common_data_source_is_looked_for_among_the_newest_runs(
+    insights: Insights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = insights.page_runs(RunFilter(), limit=100)
+    common, rare = RunFilter(data_source_id=6), RunFilter(data_source_id=99)
+    assert insights.within_reach(common) == common
+
+    monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", 2)
+    assert insights.within_reach(common) == common, "there are not that many runs"
+    monkeypatch.setattr("orchestrator.insights.runs.MOST_PROBED", 10)
+
+    reached = insights.within_reach(common)
+    assert reached == replace(common, since=everything[10].created_at)
+    found = insights.page_runs(reached, limit=100)
+    assert found == [view for view in everything if _of_source(view) and view.created_at >= everything[10].created_at]
+    for narrow in (rare, replace(common, kind=RunKind.SITE_ANALYSIS), replace(common, theme_name="news"), RunFilter()):
+        assert insights.within_reach(narrow) == narrow
 
 
 def test_a_prepared_statement_of_any_filter_stays_on_its_index(bench: Workbench) -> None:

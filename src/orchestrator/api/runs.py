@@ -121,8 +121,11 @@ def list_runs(ours: Ours, query: Annotated[schemas.RunQuery, Query()]) -> schema
     wanted = query.filters
     position = pages.decode(query.cursor, wanted, pages.moment, pages.moment, pages.run_id)
     # Fixed by the first page, else the list would lose its end while it is read.
-    since = query.since or (position[0] if position else pages.window_of(ours))
+    since = position[0] if position else query.since or pages.window_of(ours)
     chosen = RunFilter(**wanted | {"since": since})
+    if position is None:
+        chosen = ours.insights.within_reach(chosen)
+        since = chosen.since or since
     found = ours.insights.page_runs(chosen, limit=query.limit + 1, after=position[1:] if position else None)
     items, following = pages.paged(found, query.limit, lambda run: (since, run.created_at, run.id), wanted)
     counted = ours.insights.count_runs(chosen, _COUNTED + 1)

@@ -498,4 +498,7 @@ class RunPage(Page[Run]):
     """Part of the list of runs."""
 
     total: Total
-    since: datetime = Field(description="runs before are not listed; the default shows some days")
+    since: datetime = Field(
+        description="runs before are not listed; the default shows some days, and a search for a data source with very "
+        "many runs ends sooner"
+    )

@@ -1,7 +1,7 @@
 """Runs, and what is kept of each: its dispatches, its calls to the Discovery Service, and what happened to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -43,6 +43,8 @@ from orchestrator.schema import attempts, dispatches, run_events, runs
 MOST_SKIPS: Final = 10_000
 MANY_RUNS: Final = 5_000
 """Runs of one data source up to which all of them are looked at to find the newest ones."""
+MOST_PROBED: Final = 10_000
+"""Newest runs among which those of a data source with more are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,21 @@ class RunInsights:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    def within_reach(self, wanted: RunFilter) -> RunFilter:
+        """Return what to search for instead, so that it does not take for ever.
+
+        The runs of a data source that has very many are looked for among the newest :data:`MOST_PROBED` only, for none
+        of the others need have it: ``since`` moves up to the last of these.
+        """
+        if wanted.data_source_id is None or not _is_probed(wanted):
+            return wanted
+        with self._database.transaction() as connection:
+            if _runs_of(connection, wanted.data_source_id) is not None:
+                return wanted
+            newest = select(runs.c.created_at).where(*_common(wanted)).order_by(*_NEWEST_FIRST)
+            last = connection.scalar(newest.offset(MOST_PROBED).limit(1))
+        return wanted if last is None else replace(wanted, since=last)
+
     def page_runs(self, wanted: RunFilter, *, limit: int, after: tuple[datetime, UUID] | None = None) -> list[RunView]:
         """Return runs, newest first.
 
@@ -337,6 +354,20 @@ def _newest(
 
 def _alternatives(connection: Connection, wanted: RunFilter) -> list[Conditions]:
     """Return what to search for: the filter's conditions, or two lists, for a data source is in runs of either kind."""
+    common = _common(wanted)
+    if wanted.data_source_id is None:
+        return [common]
+    analysed, crawled = [*common, runs.c.data_source_id == wanted.data_source_id], None
+    if _is_probed(wanted):
+        crawled = [*common, runs.c.kind == RunKind.CRAWL, _dispatches(connection, wanted.data_source_id)]
+    return [each for each in (analysed, crawled) if each is not None]
+
+
+def _is_probed(wanted: RunFilter) -> bool:
+    return wanted.kind is not RunKind.SITE_ANALYSIS and wanted.theme_name is None
+
+
+def _common(wanted: RunFilter) -> Conditions:
     common = [runs.c[name] == getattr(wanted, name) for name in _EQUAL if getattr(wanted, name) is not None]
     if wanted.since is not None:
         common.append(runs.c.created_at >= wanted.since)
@@ -346,12 +377,7 @@ def _alternatives(connection: Connection, wanted: RunFilter) -> list[Conditions]
         common.append(_NOT_SCHEDULED)
     if wanted.kind is RunKind.SITE_ANALYSIS:
         common.append(_ANALYSIS)
-    if wanted.data_source_id is None:
-        return [common]
-    analysed, crawled = [*common, runs.c.data_source_id == wanted.data_source_id], None
-    if wanted.kind is not RunKind.SITE_ANALYSIS and wanted.theme_name is None:
-        crawled = [*common, runs.c.kind == RunKind.CRAWL, _dispatches(connection, wanted.data_source_id)]
-    return [each for each in (analysed, crawled) if each is not None]
+    return common
 
 
 def _dispatches(connection: Connection, data_source_id: int) -> ColumnElement[bool]:
@@ -360,12 +386,18 @@ def _dispatches(connection: Connection, data_source_id: int) -> ColumnElement[bo
     The planner has to guess how many runs that are, and a wrong guess costs seconds. So the runs of a rare one are
     looked up first; a common one is soon met on the way through the newest runs.
     """
-    of_source = select(dispatches.c.run_id).where(_source == data_source_id)
-    found = connection.scalars(of_source.limit(MANY_RUNS)).all()
-    if len(found) < MANY_RUNS:
-        return runs.c.id == func.any(literal(list(found), ARRAY(Uuid)))
+    found = _runs_of(connection, data_source_id)
+    if found is not None:
+        return runs.c.id == func.any(literal(found, ARRAY(Uuid)))
     of_run = (dispatches.c.run_id == runs.c.id) & (dispatches.c.data_source_id == data_source_id)
     return select(true()).where(of_run).limit(1).scalar_subquery()
+
+
+def _runs_of(connection: Connection, data_source_id: int) -> list[UUID] | None:
+    """Return the crawl runs of a data source; none where they are too many to be looked up one by one."""
+    of_source = select(dispatches.c.run_id).where(_source == data_source_id)
+    found = connection.scalars(of_source.limit(MANY_RUNS)).all()
+    return list(found) if len(found) < MANY_RUNS else None
 
 
 def _in_state(run_id: UUID, state: DispatchState) -> Conditions:
