@@ -51,7 +51,7 @@ def ours(url: str, batch_size: int) -> int:
     return MANY
 
 
-def by_hand(url: str) -> int:
+def by_hand(url: str, many: int = MANY) -> int:
     """Frames marshalled one by one with pamqp, written by the 500; nothing is kept but a count of acks."""
     connection = connect(url)
     channel = connection.channel()
@@ -63,12 +63,12 @@ def by_hand(url: str) -> int:
         confirmed = tag if multiple else confirmed + 1
 
     channel.events["basic_ack"].add(on_ack)  # type: ignore[attr-defined] # missing in the stubs
-    whole = batch(uuid4(), 1, MANY)
+    whole = batch(uuid4(), 1, many)
     frames: list[bytes] = []
     sent = 0
     for _, message_id, body in whole.messages():
         frames.append(frames_of(str(message_id), body, whole.traceparent))
-        if len(frames) == PER_WRITE:
+        if len(frames) == PER_WRITE or sent + len(frames) == many:
             connection.transport.write(b"".join(frames))
             sent += len(frames)
             frames.clear()
@@ -77,7 +77,7 @@ def by_hand(url: str) -> int:
     while confirmed < sent:
         connection.drain_events(timeout=10)
     connection.close()
-    return MANY
+    return many
 
 
 def frames_of(message_id: str, body: bytes, traceparent: str) -> bytes:
