@@ -26,7 +26,7 @@ from tests.bench.schedules import SERVER, machine, say, table
 from tests.support.brisk_discovery import BriskDiscovery, Call
 from tests.support.environments import CLIENTS, make_environment
 from tests.support.postgres import PostgresServer
-from tests.support.processes import Process, eventually
+from tests.support.processes import Process, cpu_seconds, eventually
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.stack import ANALYSIS_TASK, Stack, amqp_connection
 
@@ -39,15 +39,17 @@ SEEDS_TASK: Final = "seed.trigger_site_analysis"
 QUEUES: Final = {ANALYSIS_TASK: "orchestrator.analysis", SEEDS_TASK: "celery"}
 _SHORTEST: Final = 0.02  # seconds that a trigger takes at least, to choose how many there are
 _FEWEST: Final = 50
+_WARM: Final = 10  # first calls of a slot whose CPU does not count: its process imports and connects
 _MOST: Final = 3_000
 _PATIENCE: Final = 300.0  # seconds
 
 
 @dataclass
 class Measured:
-    """What one way did at one latency, over all rounds: rates, and milliseconds of own overhead."""
+    """What one way did at one latency, over all rounds: rates, and milliseconds of CPU and of own overhead."""
 
     rates: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     overheads: list[float] = field(default_factory=list)
 
 
@@ -64,7 +66,7 @@ class Bench:
     # --- The ways ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def seeds(self, latency: float) -> Iterator[None]:
+    def seeds(self, latency: float) -> Iterator[list[Process]]:
         """Run the seed's task on a prefork worker."""
         env = {"BROKER_URL": self.stack.broker or "", "DISCOVERY_SERVICE_URL": self.discovery.url(latency)}
         command: list[str | Path] = [
@@ -80,20 +82,20 @@ class Bench:
             "info",
         ]
         with Process(command, output=self.stack.directory / "seed.log", env=env, cwd=CLIENTS) as worker:
-            yield
+            yield [worker]
             worker.terminate(within=60)
 
     @contextmanager
-    def prefork(self, latency: float) -> Iterator[None]:
+    def prefork(self, latency: float) -> Iterator[list[Process]]:
         """Run ours on a prefork worker."""
         yield from self._ours(latency, 1, self.processes)
 
     @contextmanager
-    def with_threads(self, latency: float) -> Iterator[None]:
+    def with_threads(self, latency: float) -> Iterator[list[Process]]:
         """Run ours on workers with threads."""
         yield from self._ours(latency, self.processes, self.threads, "--pool", "threads")
 
-    def _ours(self, latency: float, workers: int, slots: int, *arguments: str) -> Iterator[None]:
+    def _ours(self, latency: float, workers: int, slots: int, *arguments: str) -> Iterator[list[Process]]:
         settings = {
             "DISCOVERY_URL": self.discovery.url(latency),
             "DISCOVERY_CONCURRENCY": str(workers * slots),
@@ -102,7 +104,7 @@ class Bench:
         running = [
             self.stack.worker(*arguments, "-Q", queue, concurrency=slots, settings=settings) for _ in range(workers)
         ]
-        yield
+        yield running
         for worker in running:
             worker.terminate(within=60)
 
@@ -116,8 +118,8 @@ class Bench:
         for number in range(count):
             client.send_task(way.task, args=[number + 1, "news"], queue=QUEUES[way.task])
         client.close()
-        with way.run(latency):
-            eventually(lambda: self.discovery.count() >= count, within=_PATIENCE, what="all was called", every=0.2)
+        with way.run(latency) as workers:
+            into.cpu.append(self._cpu_each(workers, min(_WARM * way.slots, count // 2), count))
             if way.task == ANALYSIS_TASK:
                 eventually(lambda: self._ended() == count, within=_PATIENCE, what="all runs have ended", every=0.2)
         calls = self.discovery.calls()
@@ -135,6 +137,18 @@ class Bench:
         calls = self.discovery.calls()
         # The first one in a process also connects.
         return self._overheads(sorted(calls, key=lambda call: call.received_at)[self.processes :])
+
+    def _cpu_each(self, workers: Sequence[Process], warm: int, count: int) -> float:
+        """Wait until all was called; return the milliseconds of CPU each took, the first ones excepted."""
+
+        def taken(least: int) -> tuple[float, int]:
+            eventually(lambda: self.discovery.count() >= least, within=_PATIENCE, what=f"{least} calls", every=0.1)
+            called = self.discovery.count()
+            return sum(cpu_seconds(worker.pid) for worker in workers), called
+
+        before, first = taken(warm)
+        after, _ = taken(count)
+        return 1e3 * (after - before) / (count - first) if first < count else 0.0
 
     def _overheads(self, calls: Sequence[Call]) -> list[float]:
         """Return the milliseconds from acceptance to end of each trigger's run, less what the server took."""
@@ -168,7 +182,7 @@ class Way:
     name: str
     task: str
     slots: int
-    run: Callable[[float], AbstractContextManager[None]]
+    run: Callable[[float], AbstractContextManager[list[Process]]]
 
 
 def measure(bench: Bench, latencies: Sequence[int], seconds: float, rounds: int) -> None:
@@ -189,11 +203,20 @@ def measure(bench: Bench, latencies: Sequence[int], seconds: float, rounds: int)
     rows = []
     for (latency, name), measured in found.items():
         rate, seeds = (statistics.median(found[latency, each].rates) for each in (name, ways[0].name))
+        cpu = f"{statistics.median(measured.cpu):.1f} ms"
         overhead = f"{statistics.median(measured.overheads):.1f} ms" if measured.overheads else "–"
         spread_of = spread(measured.rates, ",.1f")
-        rows.append([f"{latency} ms", name, f"{rate:,.1f}", spread_of, f"{rate / seeds:.1f}", overhead])
+        rows.append([f"{latency} ms", name, f"{rate:,.1f}", spread_of, f"{rate / seeds:.1f}", cpu, overhead])
     say(f"\n{processes} worker processes each, medians of {rounds}, interleaved\n")
-    heads = ("Discovery takes", "who", "triggers/s", "range", "to the seed's", "own overhead under this load")
+    heads = (
+        "Discovery takes",
+        "who",
+        "triggers/s",
+        "range",
+        "to the seed's",
+        "workers' CPU each",
+        "own overhead under this load",
+    )
     say(table(heads, rows))
     overheads = {latency: bench.alone(latency / 1e3) for latency in latencies}
     say(f"\n{ALONE} triggers one by one, ours, prefork\n")
