@@ -38,10 +38,13 @@ check: venv ## format, lint, types, layers, and the environment against pyprojec
 	$(BIN)/lint-imports --no-logo
 	$(UV) pip check --python $(BIN)/python
 
+# One of them, smaller: make bench BENCHES=day ARGS='--size 1000'
+BENCHES = $(sort $(patsubst tests/bench/%.py,%,$(wildcard tests/bench/[a-z]*.py)))
+
 bench: venv services ## measure: every script of tests/bench, one after the other
-	@for script in tests/bench/[a-z]*.py; do \
-	    echo "== $$script"; \
-	    $(BIN)/python -m "$$(echo "$${script%.py}" | tr / .)" || exit; \
+	@for bench in $(BENCHES); do \
+	    echo "== $$bench"; \
+	    $(BIN)/python -m "tests.bench.$$bench" $(ARGS) || exit; \
 	done
 
 # CI=true: what this machine cannot do fails, for a fault that was skipped proves nothing.

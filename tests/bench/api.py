@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.domain import Role
 from tests.bench.reads import SERVER, SIZE, Reader
+from tests.bench.schedules import host
 from tests.support.api import Api
 from tests.support.ledgers import Workbench
 from tests.support.postgres import PostgresServer
@@ -99,6 +100,7 @@ def history(size: int) -> Iterator[Api]:
 def measure(size: int, seconds: float) -> None:
     """Measure and print."""
     numbers = count(1)
+    say(host())
     with history(size) as api:
         (run,) = api.stack.query(
             "SELECT id FROM orchestrator.runs WHERE kind = 'crawl' ORDER BY created_at DESC LIMIT 1"

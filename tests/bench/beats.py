@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.bench.schedules import SERVER, SETTINGS, machine, say, table
+from tests.support.environments import CLIENTS, make_environment
 from tests.support.postgres import PostgresServer
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.stack import Stack
@@ -24,22 +25,9 @@ from tests.support.stack import Stack
 SIZES: Final = (1_000, 10_000, 100_000)
 SIDES: Final = ("ours", "celery", "django-celery-beat")
 HEADS: Final = ("ours", "Celery beat", "django-celery-beat")
-CLIENTS: Final = Path(__file__).parent.parent / "support" / "clients"
 LIMIT: Final = 180  # seconds for one process
 
 _Figures = Mapping[str, float | None]
-
-
-def environment(home: Path) -> Path:
-    """Return the interpreter of a virtual environment that has django-celery-beat, and nothing of ours."""
-    uv = Path(sys.executable).with_name("uv")
-    lock = CLIENTS / "django-celery-beat.lock"
-    subprocess.run([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, home], check=True)
-    python = home / "bin" / "python"
-    subprocess.run(
-        [uv, "pip", "install", "--quiet", "--python", python, "--require-hashes", "-r", lock], check=True, timeout=120
-    )
-    return python
 
 
 def measure(python: Path, whose: str, what: str, size: int, stack: Stack) -> _Figures:
@@ -100,7 +88,7 @@ def main() -> None:
         RabbitMQServer() as rabbitmq,
         tempfile.TemporaryDirectory() as directory,
     ):
-        throw_away = environment(Path(directory) / "django-celery-beat")
+        throw_away = make_environment(Path(directory) / "django-celery-beat", "django-celery-beat")
         pythons = {whose: throw_away if whose == "django-celery-beat" else Path(sys.executable) for whose in SIDES}
         for size in sizes:
             figures: dict[str, _Figures] = {}

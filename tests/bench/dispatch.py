@@ -1,45 +1,68 @@
-"""A whole ``execute_crawl_task`` for 100,000 data sources, ledger included, and how it grows to a million.
+"""A whole ``execute_crawl_task``, ledger included, beside other ways to send as much, and how it grows to a million.
 
-    python -m tests.bench.dispatch
+    python -m tests.bench.dispatch [--size 100000] [--rounds 3] [--only speed|growth]
 
-Speed: a Celery message to a stock worker, measured from the run's acceptance to its end by the ledger's own
-moments, beside the seed's loop (a query and a confirmed publish for each source) and frames built by hand
-(the limit of the wire, without any ledger); three times each, interleaved. Growth: 1,000, 100,000 and 1,000,000
-sources, each in a fresh process that does what a worker's child does. Compare the ratios.
+Speed: a Celery message to a stock worker, measured from the run's acceptance to its end by the ledger's own moments,
+beside the seed's loop (a query and a confirmed publish for each source), Celery's ``send_task``, taskiq, procrastinate
+(tests/support/clients/dispatch.py, in a throw-away environment; all three read the configs in one statement), and
+frames built by hand, the limit of the wire. All send one message for each source, interleaved, to durable classic
+queues that nobody reads. Growth: 1,000 to 1,000,000 sources, each in a fresh process that does what a worker's child
+does. Compare the ratios.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import Final
 from uuid import uuid4
 
 import kombu
 import psycopg
 
 from tests.bench import publish
+from tests.bench.schedules import SERVER, machine, say, table
+from tests.support.environments import CLIENTS, make_environment
 from tests.support.postgres import PostgresServer
+from tests.support.processes import peak_memory
 from tests.support.rabbitmq import RabbitMQServer
-from tests.support.stack import QUEUE, Stack, queue_depth
+from tests.support.stack import QUEUE, Stack, amqp_connection, queue_depth
 
-ROUNDS = 3
-SOURCES = 100_000
-SEED_SOURCES = 3_000
-SIZES = (1_000, 100_000, 1_000_000)
+ROUNDS: Final = 3
+SOURCES: Final = 100_000
+SIZES: Final = (1_000, 10_000, 100_000, 1_000_000)
+PARTS: Final = ("speed", "growth")
+PEER_QUEUES: Final = {"celery": "peer.celery", "celery-confirmed": "peer.celery", "taskiq": "peer.taskiq"}
+_PATIENCE: Final = 900.0  # seconds for one way, once
+
+GUARANTEES: Final = {
+    "whole run (ours)": "confirmed; ledger; goes on after a crash, what comes twice has an equal id",
+    "the seed's loop": "confirmed one by one; begins anew after a crash, duplicates unmarked",
+    "Celery send_task, its defaults": "**not confirmed**; begins anew after a crash, new ids",
+    "Celery send_task, confirm_publish": "confirmed one by one; begins anew after a crash, new ids",
+    "taskiq + aio-pika, kiq by the 1,000": "confirmed; begins anew after a crash, new ids",
+    "procrastinate, batch_defer by the 1,000": "committed to PostgreSQL, no broker; begins anew after a crash, new ids",
+    "frames built by hand": "confirmed; no database, no ledger: the limit",
+}
+"""The ways, and what each guarantees. All messages are persistent."""
 
 
-def ours(stack: Stack) -> float:
-    """Messages a second of one whole run by a stock worker."""
-    run_id = stack.crawl(SOURCES)
-    run = stack.await_run(run_id, within=300)
-    assert (run["state"], run["published"]) == ("succeeded", SOURCES)
-    return SOURCES / float((run["finished_at"] - run["created_at"]).total_seconds())
+# --- The ways, each of which returns messages a second -------------------------------------------------------
 
 
-def seeds_loop(stack: Stack) -> float:
+def ours(stack: Stack, size: int) -> float:
+    """One whole run by a stock worker."""
+    run = stack.await_run(stack.crawl(size), within=_PATIENCE)
+    assert (run["state"], run["published"]) == ("succeeded", size)
+    return size / float((run["finished_at"] - run["created_at"]).total_seconds())
+
+
+def seeds_loop(stack: Stack, size: int) -> float:
     """The seed's loop: per source a query for its config, then one publish that is confirmed."""
     started = perf_counter()
     with (
@@ -47,7 +70,7 @@ def seeds_loop(stack: Stack) -> float:
         kombu.Connection(stack.broker or "", transport_options={"confirm_publish": True}) as connection,
     ):
         producer = connection.Producer()
-        row = database.execute("SELECT data_source_ids FROM crawl_tasks WHERE id = %s", [SEED_SOURCES]).fetchone()
+        row = database.execute("SELECT data_source_ids FROM crawl_tasks WHERE id = %s", [size]).fetchone()
         assert row is not None
         for source in row[0]:
             config = database.execute(
@@ -57,59 +80,128 @@ def seeds_loop(stack: Stack) -> float:
             ).fetchone()
             assert config is not None
             producer.publish({"crawl_config_id": config[0]}, routing_key=QUEUE, delivery_mode=2, mandatory=True)
-    return SEED_SOURCES / (perf_counter() - started)
+    return size / (perf_counter() - started)
 
 
-def frames_by_hand(stack: Stack) -> float:
+def frames_by_hand(stack: Stack, size: int) -> float:
     """The limit: frames marshalled one by one and written by the 500, acks counted, no database."""
-    assert stack.broker is not None
-    return publish.measure(stack.broker, publish.by_hand)
+    return publish.measure(stack.broker or "", lambda url: publish.by_hand(url, size))
+
+
+def peer(python: Path, name: str) -> Callable[[Stack, int], float]:
+    """Another tool, which must have sent as many messages as we do."""
+
+    def way(stack: Stack, size: int) -> float:
+        broker = stack.broker or ""
+        command: list[str | Path] = [python, "-I", CLIENTS / "dispatch.py", name, str(size), stack.database, broker]
+        done = subprocess.run(command, env={}, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+        assert done.returncode == 0, done.stderr
+        figures = json.loads(done.stdout.splitlines()[-1])
+        queue = PEER_QUEUES.get(name)
+        arrived = queue_depth(broker, queue) if queue else _jobs(stack)
+        assert (figures["sent"], arrived) == (size, size), f"{name} sent {figures['sent']:,}, {arrived:,} arrived"
+        return size / float(figures["seconds"])
+
+    return way
+
+
+def _jobs(stack: Stack) -> int:
+    return int(stack.query("SELECT count(*) FROM public.procrastinate_jobs")[0]["count"])
 
 
 def purge(stack: Stack) -> None:
-    assert stack.broker is not None
-    with publish.connect(stack.broker) as connection:
-        connection.channel().queue_declare(QUEUE, durable=True, auto_delete=False)
-        connection.channel().queue_purge(QUEUE)
+    """Empty the queue of ours, and delete the others': each declares its own as it likes."""
+    stack.declare_extraction_queue()
+    with amqp_connection(stack.broker or "") as connection:
+        channel = connection.channel()
+        channel.queue_purge(QUEUE)
+        for queue in {publish.QUEUE, *PEER_QUEUES.values()}:
+            channel.queue_delete(queue)
 
 
-def speed(stack: Stack) -> None:
-    stack.worker(concurrency=1)
-    ways = {"whole run": ours, "seed's loop": seeds_loop, "frames by hand": frames_by_hand}
+# --- The parts -----------------------------------------------------------------------------------------------
+
+
+def speed(stack: Stack, directory: Path, size: int, rounds: int) -> None:
+    """Interleave all ways, and print their medians and ratios."""
+    python = make_environment(directory / "peers", "peers")
+    peers = [peer(python, name) for name in ("celery", "celery-confirmed", "taskiq", "procrastinate")]
+    ways = dict(zip(GUARANTEES, (ours, seeds_loop, *peers, frames_by_hand), strict=True))
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
+    worker = stack.worker(concurrency=1)
+    for number in range(rounds):
         for name, way in ways.items():
             purge(stack)
-            rates[name].append(way(stack))
-    for name, values in rates.items():
-        say(f"{name:16}{statistics.median(values):10,.0f}/s   ({min(values):,.0f} to {max(values):,.0f})")
-    whole, loop, limit = (statistics.median(values) for values in rates.values())
-    say(f"whole run / seed's loop {whole / loop:.1f} (target 10)")
-    say(f"whole run / frames by hand {whole / limit:.2f} (target 0.3)")
-
-
-def growth(stack: Stack) -> None:
-    figures = {}
-    for size in SIZES:
-        purge(stack)
-        command = [sys.executable, "-m", "tests.bench.dispatch", "--one-run", str(size)]
-        done = subprocess.run(command, env=stack.env, capture_output=True, text=True, check=True)
-        figures[size] = json.loads(done.stdout)
-        assert stack.broker is not None
-        assert queue_depth(stack.broker, QUEUE) == size
-        seconds, peak = figures[size]["seconds"], figures[size]["peak"]
-        each, mebibytes = seconds / size * 1e6, peak / 1024
-        say(f"{size:>9,} sources{seconds:8.2f} s   {each:6.1f} µs each   peak memory {mebibytes:6.1f} MiB")
-    small, middle, large = (figures[size] for size in SIZES)
-    say(
-        f"memory growth {SIZES[0]:,} to {SIZES[2]:,}: {(large['peak'] - small['peak']) / 1024:.1f} MiB (target 60)   "
-        f"time per source {SIZES[2]:,} / {SIZES[1]:,}: "
-        f"{large['seconds'] / SIZES[2] / (middle['seconds'] / SIZES[1]):.2f} (target within 15 %)"
+            rates[name].append(way(stack, size))
+            say(f"  round {number + 1}: {name}: {rates[name][-1]:,.0f}/s")
+    worker.terminate(within=60)
+    purge(stack)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    whole = medians[next(iter(GUARANTEES))]
+    rows = [
+        [name, f"{medians[name]:,.0f}", spread(values), f"{whole / medians[name]:.2f}", GUARANTEES[name]]
+        for name, values in rates.items()
+    ]
+    say(f"\n{size:,} data sources, medians of {rounds}, interleaved\n")
+    say(table(("what", "messages/s", "range", "whole run / this", "guarantees"), rows))
+    show_targets(
+        ("whole run / the seed's loop", whole / medians["the seed's loop"], "10"),
+        ("whole run / frames built by hand", whole / medians["frames built by hand"], "0.3"),
     )
 
 
+def growth(stack: Stack, sizes: Sequence[int], rounds: int) -> None:
+    """Run every size in a process of its own, by turns, and print how time and memory grow."""
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    peaks: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(rounds):
+        for size in sizes:
+            purge(stack)
+            # Each meets the ledger that the first one met.
+            stack.execute("TRUNCATE orchestrator.runs, orchestrator.attempts, orchestrator.dispatches")
+            command = [sys.executable, "-m", "tests.bench.dispatch", "--one-run", str(size)]
+            done = subprocess.run(command, env=stack.env, capture_output=True, text=True, check=True)
+            figures = json.loads(done.stdout)
+            assert queue_depth(stack.broker or "", QUEUE) == size
+            seconds[size].append(figures["seconds"])
+            peaks[size].append(figures["peak"])
+            say(f"  {size:,} sources: {figures['seconds']:.2f} s, {figures['peak']:.1f} MiB")
+    purge(stack)
+    each = {size: statistics.median(values) / size * 1e6 for size, values in seconds.items()}
+    rows = [
+        [
+            f"{size:,}",
+            f"{statistics.median(values):.2f} ({spread(values, '.2f')})",
+            f"{each[size]:.1f}",
+            f"{max(peaks[size]):.1f} MiB",
+        ]
+        for size, values in seconds.items()
+    ]
+    say("\n" + table(("data sources", "seconds", "µs each", "peak memory"), rows))
+    small, large = sizes[-3], sizes[-1]
+    show_targets(
+        (f"time per source, {large:,} / {small:,}", each[large] / each[small], "at most 1.15"),
+        (f"memory, {large:,} less {sizes[0]:,}, MiB", max(peaks[large]) - max(peaks[sizes[0]]), "at most 60"),
+    )
+
+
+def spread(values: Sequence[float], pattern: str = ",.0f") -> str:
+    """Say from what to what they go."""
+    return f"{min(values):{pattern}} to {max(values):{pattern}}"
+
+
+def show_targets(*found: tuple[str, float, str]) -> None:
+    """Print ratios beside their targets."""
+    rows = []
+    for what, value, target in found:
+        most = target.removeprefix("at most ")
+        reached = value <= float(most) if most != target else value >= float(target)
+        rows.append((what, f"{value:.2f}", target, "yes" if reached else "**no**"))
+    say("\n" + table(("ratio", "measured", "target", "reached"), rows) + "\n")
+
+
 def one_run(size: int) -> None:
-    """Do one run as a worker's child would, and print its seconds and peak memory (KiB)."""
+    """Do one run as a worker's child would, and print its seconds and peak memory (MiB)."""
     from orchestrator.bootstrap import services  # noqa: PLC0415 -- reads the environment that the parent made
     from orchestrator.domain import CrawlArguments, NewRun, Trigger, traceparent_of  # noqa: PLC0415 -- the same
     from orchestrator.telemetry import configure_logging  # noqa: PLC0415 -- the same
@@ -124,38 +216,54 @@ def one_run(size: int) -> None:
         pass
     seconds = perf_counter() - started
     assert ours.insights.run(run_id).published == size
-    # Not ru_maxrss: that one remembers the process which we were forked from.
-    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-    say(json.dumps({"seconds": seconds, "peak": peak}))
+    say(json.dumps({"seconds": seconds, "peak": peak_memory()}))
 
 
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+# --- All of it -----------------------------------------------------------------------------------------------
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.dispatch", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--one-run", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, default=SOURCES, help=f"data sources of one run; default {SOURCES:,}")
+    parser.add_argument(
+        "--up-to", type=int, default=SIZES[-1], help=f"data sources up to which runs grow; default {SIZES[-1]:,}"
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of which figures are medians; default {ROUNDS}")
+    parser.add_argument("--only", action="append", choices=PARTS, help="a part")
+    given = parser.parse_args()
+    given.only = given.only or PARTS
+    return given
 
 
 def main() -> None:
-    options = {"fsync": "on", "full_page_writes": "on", "shared_buffers": "256MB"}
+    given = options()
+    if given.one_run:
+        one_run(given.one_run)
+        return
+    sizes = [size * given.up_to // SIZES[-1] for size in SIZES] if "growth" in given.only else []
     with (
-        PostgresServer(options) as postgres,
+        PostgresServer(SERVER) as postgres,
         RabbitMQServer() as rabbitmq,
         tempfile.TemporaryDirectory() as directory,
     ):
         stack = Stack.on_rabbitmq(postgres.create_database("bench"), rabbitmq.url, Path(directory))
         stack.prepare()
-        stack.application.add_sources(max(SIZES))
-        for size in {SOURCES, SEED_SOURCES, *SIZES}:
+        stack.application.add_sources(max([given.size, *sizes]))
+        for size in {given.size, *sizes}:
             stack.application.add_task(size, range(1, size + 1))
         stack.execute("ANALYZE crawl_tasks, crawl_configs")
+        say(machine(stack, rabbitmq))
         try:
-            speed(stack)
-            growth(stack)
+            if "speed" in given.only:
+                speed(stack, Path(directory), given.size, given.rounds)
+            if "growth" in given.only:
+                growth(stack, sizes, given.rounds)
         finally:
             stack.close()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one-run"]:
-        one_run(int(sys.argv[2]))
-    else:
-        main()
+    main()

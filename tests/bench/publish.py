@@ -1,14 +1,14 @@
 """How fast messages get onto a durable queue of RabbitMQ, each confirmed: our publisher and its alternatives.
 
-    python -m tests.bench.publish
+    python -m tests.bench.publish [--rounds 5]
 
 All ways run interleaved, five times each, on one broker: the one of ``BENCH_BROKER_URL``, else a private one.
 Compare the ratios, which hold elsewhere too; the rates are this machine's.
 """
 
+import argparse
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -25,6 +25,7 @@ from pydantic import SecretStr
 
 from orchestrator.domain import APP_ID, EXTRACTION_TYPE, ExtractionBatch, traceparent_of
 from orchestrator.queues.rabbitmq import RabbitMQPublisher
+from tests.bench.schedules import host, say, table
 
 ROUNDS = 5
 MANY = 50_000
@@ -51,7 +52,7 @@ def ours(url: str, batch_size: int) -> int:
     return MANY
 
 
-def by_hand(url: str) -> int:
+def by_hand(url: str, many: int = MANY) -> int:
     """Frames marshalled one by one with pamqp, written by the 500; nothing is kept but a count of acks."""
     connection = connect(url)
     channel = connection.channel()
@@ -63,12 +64,12 @@ def by_hand(url: str) -> int:
         confirmed = tag if multiple else confirmed + 1
 
     channel.events["basic_ack"].add(on_ack)  # type: ignore[attr-defined] # missing in the stubs
-    whole = batch(uuid4(), 1, MANY)
+    whole = batch(uuid4(), 1, many)
     frames: list[bytes] = []
     sent = 0
     for _, message_id, body in whole.messages():
         frames.append(frames_of(str(message_id), body, whole.traceparent))
-        if len(frames) == PER_WRITE:
+        if len(frames) == PER_WRITE or sent + len(frames) == many:
             connection.transport.write(b"".join(frames))
             sent += len(frames)
             frames.clear()
@@ -77,7 +78,7 @@ def by_hand(url: str) -> int:
     while confirmed < sent:
         connection.drain_events(timeout=10)
     connection.close()
-    return MANY
+    return many
 
 
 def frames_of(message_id: str, body: bytes, traceparent: str) -> bytes:
@@ -155,24 +156,37 @@ def measure(url: str, way: Callable[[str], int]) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.publish", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of which rates are medians; default {ROUNDS}")
+    rounds = parser.parse_args().rounds
     ways: dict[str, Callable[[str], int]] = {
-        "a  ours, batches of 10,000": lambda url: ours(url, 10_000),
-        "a' ours, batches of 1,000": lambda url: ours(url, 1_000),
-        "b  frames by hand (pamqp each)": by_hand,
-        "c  seed (kombu, a confirm each)": seed,
+        "ours, batches of 10,000": lambda url: ours(url, 10_000),
+        "ours, batches of 1,000": lambda url: ours(url, 1_000),
+        "frames built by hand (pamqp for each message)": by_hand,
+        "the seed's way: kombu, a confirm each": seed,
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     with broker() as url:
-        for _ in range(ROUNDS):
+        say(host())
+        for _ in range(rounds):
             for name, way in ways.items():
                 rates[name].append(measure(url, way))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    a, small, b, c = medians.values()
-    for name, values in rates.items():
-        sys.stdout.write(f"{name:34}{medians[name]:10,.0f}/s   ({min(values):,.0f} to {max(values):,.0f})\n")
-    sys.stdout.write(
-        f"a/b {a / b:.2f}   a'/b {small / b:.2f}   (target 0.75)   a/c {a / c:.1f}   a'/c {small / c:.1f}\n"
-    )
+    medians = [statistics.median(values) for values in rates.values()]
+    *_, limit, seeds = medians
+    rows = [
+        [
+            name,
+            f"{median:,.0f}",
+            f"{min(values):,.0f} to {max(values):,.0f}",
+            f"{median / limit:.2f}",
+            f"{median / seeds:.1f}",
+        ]
+        for (name, values), median in zip(rates.items(), medians, strict=True)
+    ]
+    say(f"\nmedians of {rounds}, interleaved; target: ours at least 0.75 to frames by hand\n")
+    say(table(("way", "messages/s", "range", "to frames by hand", "to the seed's"), rows))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sqlalchemy import func, select
 
 from orchestrator.domain import CrawlArguments, DispatchState, NewRun, Node, RunKind, RunState, Trigger, traceparent_of
 from orchestrator.insights import FiringFilter, Insights, RunFilter
+from tests.bench.schedules import host
 from tests.support.ledgers import Workbench, template
 from tests.support.postgres import PostgresServer
 
@@ -270,6 +271,7 @@ def main() -> None:
         template(server) as empty,
         Workbench.copy_of(server, empty) as bench,
     ):
+        say(f"{host()}; PostgreSQL {server.version}")
         reader = Reader(bench, chosen.size, chosen.times)
         reader.make()
         reader.pages_of_runs()

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -94,10 +95,17 @@ def say(line: str) -> None:
 def machine(stack: Stack, rabbitmq: RabbitMQServer) -> str:
     """Say what the figures were taken on."""
     version = stack.query("SHOW server_version")[0]["server_version"]
-    broker = rabbitmq.ctl("version").strip()
+    return f"{host()}; RabbitMQ {rabbitmq.version}, PostgreSQL {version} with fsync=on, loopback, all on the same cores"
+
+
+def host() -> str:
+    """Say what machine this is, and how busy it is."""
+    models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
-        f"{os.cpu_count()} cores ({platform.machine()} {platform.system()}, Python {platform.python_version()},"
-        f" RabbitMQ {broker}, PostgreSQL {version} with fsync=on, loopback), all on the same cores"
+        f"{os.cpu_count()} cores of {models[0] if models else 'unknown make'}, {memory:.0f} GiB"
+        f" ({platform.machine()} {platform.system()}, Python {platform.python_version()}),"
+        f" load average {os.getloadavg()[0]:.1f} before"
     )
 
 

@@ -1,30 +1,20 @@
 """A plain Celery client, old or new, in an environment of its own, reaches both tasks in all four ways."""
 
 import subprocess
-import sys
 from pathlib import Path
-from typing import Final
 from uuid import UUID
 
 import pytest
 
 from tests.support.discovery_server import DiscoveryServer, answer
+from tests.support.environments import CLIENTS, make_environment
 from tests.support.stack import ANALYSIS_TASK, CRAWL_TASK, Stack
-
-CLIENTS: Final = Path(__file__).parent.parent / "support" / "clients"
 
 
 @pytest.fixture(scope="module", params=["celery-5.2", "celery-newest"])
 def client_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a virtual environment that has this Celery, and nothing of ours."""
-    home = tmp_path_factory.mktemp(request.param)
-    lock = CLIENTS / f"{request.param}.lock"
-    uv = Path(sys.executable).with_name("uv")
-    subprocess.run([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, home], check=True)
-    python = home / "bin" / "python"
-    subprocess.run(
-        [uv, "pip", "install", "--quiet", "--python", python, "--require-hashes", "-r", lock], check=True, timeout=120
-    )
+    python = make_environment(tmp_path_factory.mktemp(request.param), request.param)
     assert subprocess.run([python, "-I", "-c", "import orchestrator"], capture_output=True, check=False).returncode != 0
     return python
 

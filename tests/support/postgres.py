@@ -143,6 +143,12 @@ class PostgresServer:
         return self._server.config.port
 
     @property
+    def pid(self) -> int:
+        """The postmaster's process id, while it runs."""
+        assert self._postmaster is not None
+        return self._postmaster
+
+    @property
     def version(self) -> str:
         """The version it says it has."""
         with psycopg.connect(self.url("postgres")) as connection:

@@ -77,6 +77,13 @@ def peak_memory(pid: int | str = "self") -> float:
     return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds that a process and its living descendants have taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(child) for child in children_of(pid))
+
+
 def local_ports(pid: int) -> set[int]:
     """Return the local TCP ports of a process."""
     sockets = set()
