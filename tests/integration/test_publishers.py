@@ -1,4 +1,4 @@
-"""The Publisher port: one suite for both implementations on real servers, then what only RabbitMQ can do wrong."""
+"""The Publisher port: one suite for all implementations on real servers, then what only RabbitMQ can do wrong."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,9 +36,13 @@ from orchestrator.errors import (
     QueueMissingError,
 )
 from orchestrator.queues import Publisher, Receipt
+from orchestrator.queues.kafka import KafkaPublisher
 from orchestrator.queues.postgres import PostgresPublisher
 from orchestrator.queues.rabbitmq import RabbitMQPublisher
 from orchestrator.rabbitmq import Patience
+from orchestrator.settings import KafkaSettings
+from tests.support.kafka import HOW_TO_INSTALL, KafkaServer, MockKafka, is_installed
+from tests.support.kafka.wire import records
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
 from tests.support.rabbitmq import RabbitMQServer
@@ -73,6 +78,8 @@ class Received:
 
 class Place(Protocol):
     """Where a publisher publishes to, looked at from outside."""
+
+    queue: str
 
     def publisher(self) -> Publisher: ...
     def publish(self, publisher: Publisher, batch: ExtractionBatch) -> Receipt: ...
@@ -170,6 +177,34 @@ class Pgmq:
         return bool(persistence == "u")
 
 
+class Kafka:
+    """A topic of its own, looked at by another library."""
+
+    def __init__(self, server: KafkaServer | MockKafka, topic: str) -> None:
+        self.server = server
+        self.queue = topic
+
+    def publisher(self) -> KafkaPublisher:
+        return KafkaPublisher(SecretStr(self.server.url), self.queue, KafkaSettings())
+
+    def publish(self, publisher: Publisher, batch: ExtractionBatch) -> Receipt:
+        return publisher.publish(batch, None)  # type: ignore[arg-type] # Kafka has no use for the ledger's transaction
+
+    def read(self) -> list[Received]:
+        found = records(self.server.servers, self.queue)
+        assert all(record.key == str(json.loads(record.value)["data_source_id"]) for record in found)
+        return [Received(json.loads(record.value), dict(record.headers)) for record in found]
+
+    def declare_otherwise(self) -> None:
+        if isinstance(self.server, MockKafka):
+            pytest.skip("librdkafka's mock cluster has topics of one kind only")
+        self.server.create_topic(self.queue, 3, cleanup_policy="compact")
+
+    def is_still_otherwise(self) -> bool:
+        assert isinstance(self.server, KafkaServer)
+        return (self.server.topics()[self.queue], self.server.setting(self.queue, "cleanup.policy")) == (3, "compact")
+
+
 @pytest.fixture
 def rabbit(broker_url: str) -> Rabbit:
     return Rabbit(broker_url)
@@ -184,7 +219,17 @@ def pgmq_place(database_url: str) -> Iterator[Pgmq]:
     engine.dispose()
 
 
-@pytest.fixture(params=["rabbit", "pgmq_place"])
+@pytest.fixture
+def kafka_place(request: pytest.FixtureRequest, topic: str) -> Iterator[Kafka]:
+    """A real Kafka; where none can run, librdkafka's imitation, but not in CI."""
+    if is_installed() or os.environ.get("CI") == "true":
+        yield Kafka(request.getfixturevalue("kafka_server"), topic)
+    else:
+        warnings.warn(f"{HOW_TO_INSTALL}; this ran on librdkafka's mock cluster", stacklevel=1)
+        yield Kafka(MockKafka(), topic)
+
+
+@pytest.fixture(params=["rabbit", "pgmq_place", "kafka_place"])
 def place(request: pytest.FixtureRequest) -> Place:
     found: Place = request.getfixturevalue(request.param)
     return found
@@ -238,9 +283,9 @@ class TestEveryPublisher:
 
     def test_check_declares_a_missing_queue_and_tells_where_it_is(self, place: Place) -> None:
         publisher = place.publisher()
-        assert "extraction_queue" in publisher.check()
+        assert place.queue in publisher.check()
         assert place.read() == []
-        assert "extraction_queue" in publisher.check()
+        assert place.queue in publisher.check()
 
     def test_an_empty_batch_is_nothing(self, place: Place) -> None:
         assert place.publish(place.publisher(), batch_of(0)) == Receipt(())

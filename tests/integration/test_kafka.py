@@ -1,0 +1,1 @@
+"""What only Kafka can do wrong: rights, sizes, deleted topics, brokers in trouble, logging in."""
