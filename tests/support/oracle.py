@@ -84,8 +84,8 @@ class Oracle:
 
     def read_wire(self) -> None:
         """Take in what stands in the extraction queue; RabbitMQ's messages are consumed."""
-        if self.stack.broker is None:
-            # A table is only read: all of it anew.
+        if self.stack.broker is None or self.stack.kafka is not None:
+            # A table and a topic are only read: all of it anew.
             self._wire.clear()
         for message in self.stack.extractions():
             run_id = UUID(message.body["run_id"])

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -38,7 +38,9 @@ _log: Final = logging.getLogger("librdkafka")
 WINDOW: Final = 5_000
 """At most this many messages are unconfirmed at a time."""
 
-_LARGEST_BATCH: Final = 1_000_000  # bytes of one request; librdkafka's default, and what brokers take unless told otherwise
+_LARGEST_BATCH: Final = (
+    1_000_000  # bytes of one request; librdkafka's default, and what brokers take unless told otherwise
+)
 _TURN: Final = 0.25  # seconds after which signals get a chance
 _GLANCE: Final = 0.05
 _NO_TOPIC: Final = frozenset(
@@ -101,9 +103,7 @@ class KafkaPublisher:
         patience: how long to wait.
     """
 
-    def __init__(
-        self, url: SecretStr, topic: str, security: KafkaSettings, *, patience: Patience = Patience()
-    ) -> None:
+    def __init__(self, url: SecretStr, topic: str, security: KafkaSettings, *, patience: Patience = Patience()) -> None:
         self._cluster = _Cluster.of(url, security)
         self._topic = topic
         self._patience = patience
@@ -178,7 +178,9 @@ def survey(url: SecretStr, security: KafkaSettings, topic: str, patience: Patien
             asked = admin.list_offsets(dict.fromkeys(partitions, spec), request_timeout=patience.open)
             return sum(future.result(patience.open).offset for future in asked.values())
 
-        return QueueStanding(topic, offsets(OffsetSpec.latest()) - offsets(OffsetSpec.earliest()))
+        # The stubs of OffsetSpec are empty.
+        latest, earliest = OffsetSpec.latest(), OffsetSpec.earliest()  # type: ignore[no-untyped-call]
+        return QueueStanding(topic, offsets(latest) - offsets(earliest))
     except (KafkaException, TimeoutError) as error:
         return QueueStanding(topic, problem=_reason(error))
 
@@ -276,7 +278,7 @@ class _Fate:
         return any(error.code() == KafkaError.MSG_SIZE_TOO_LARGE for error in self._failures)
 
 
-# Producers of a parent process: never used, and kept, for their destructors would wait for threads that the fork left behind.
+# Producers of a parent process: never used, and kept, for their destructors would wait for threads that are not here.
 _inherited: Final[list[Producer]] = []
 
 
@@ -351,7 +353,7 @@ class _Session:
         ]
         topic, produce, settle = self._topic, self._producer.produce, fate.settle
         for source, message_id, body in batch.messages():
-            headers = [("message_id", message_id.encode()), *common]
+            headers: list[tuple[str, str | bytes | None]] = [("message_id", message_id.encode()), *common]
             while True:
                 try:
                     produce(topic, body, b"%d" % source, on_delivery=settle, headers=headers)
@@ -381,9 +383,12 @@ class _Session:
         if self._process != os.getpid():
             _inherited.append(self._producer)
             return
+        self._serve(0)
+        # Either may raise a fatal error, which nobody needs to know any more.
         with suppress(KafkaException):
             self._producer.purge()
-        self._producer.close()
+        with suppress(KafkaException):
+            self._producer.close()
 
     def _serve(self, seconds: float) -> None:
         """Have librdkafka call us back, for so long or until it has; raise what a signal handler raises."""
@@ -439,7 +444,9 @@ class _Session:
     def _create_topic(self) -> None:
         admin = AdminClient(self._cluster.configuration)
         # Partitions and replicas: as many as the cluster's settings say.
-        future = admin.create_topics([NewTopic(self._topic, -1, -1)], request_timeout=self._patience.create)[self._topic]
+        future = admin.create_topics([NewTopic(self._topic, -1, -1)], request_timeout=self._patience.create)[
+            self._topic
+        ]
         try:
             future.result(self._patience.create)
         except (KafkaException, TimeoutError) as error:

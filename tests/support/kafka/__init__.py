@@ -5,19 +5,17 @@ what they were granted. Where there is no Java, librdkafka's mock cluster stands
 """
 
 import atexit
-import os
 import secrets
 import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 from confluent_kafka.admin import (
     AclBinding,
     AclOperation,
@@ -30,9 +28,10 @@ from confluent_kafka.admin import (
 )
 
 from tests.support.kafka.jars import HOW_TO_INSTALL, class_path, is_installed
+from tests.support.kafka.wire import Record, records
 from tests.support.processes import Process, eventually, free_port
 
-__all__ = ["HOW_TO_INSTALL", "USERS", "KafkaServer", "MockKafka", "is_installed"]
+__all__ = ["HOW_TO_INSTALL", "USERS", "KafkaServer", "MockKafka", "Record", "is_installed"]
 
 USERS: Final = {"admin": "admin-secret", "writer": "writer-secret"}
 """Those who may come by TLS and SASL, with their passwords; the admin may do everything."""
@@ -135,6 +134,10 @@ class KafkaServer:
     def nodes(self) -> list[int]:
         """The ids of the brokers."""
         return list(self._plain)
+
+    def records(self, topic: str) -> list[Record]:
+        """Return all that a topic has, read by a stranger; see :func:`tests.support.kafka.wire.records`."""
+        return records(self.servers, topic)
 
     def secure_url(self, user: str) -> str:
         """Return the URL of :attr:`secure_servers` for a user."""
@@ -259,12 +262,21 @@ class MockKafka:
         self.servers = ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
         self.url = f"kafka://{self.servers}"
 
-    def topics(self) -> dict[str, int]:
-        """Return how many partitions each topic has."""
-        with suppress(KafkaException):
-            found = self._owner.list_topics(timeout=_ANSWER_LIMIT).topics
-            return {name: len(topic.partitions) for name, topic in found.items()}
-        return {}
+    def records(self, topic: str) -> list[Record]:
+        """Return all that a topic has, read by librdkafka: the imitation's answers are good enough for no other."""
+        consumer = Consumer({"bootstrap.servers": self.servers, "group.id": "tests", "log_level": 0})
+        found = []
+        for number in consumer.list_topics(topic, timeout=_ANSWER_LIMIT).topics[topic].partitions:
+            partition = TopicPartition(topic, number, OFFSET_BEGINNING)
+            _, end = consumer.get_watermark_offsets(partition, timeout=_ANSWER_LIMIT)
+            consumer.assign([partition])
+            for _ in range(end):
+                message: Any  # the stubs allow for messages without anything
+                (message,) = consumer.consume(1, timeout=_ANSWER_LIMIT)
+                facts = {name: value.decode() for name, value in message.headers()}
+                found.append(Record(number, message.key().decode(), message.value(), facts))
+        consumer.close()
+        return found
 
 
 def _certificate(directory: Path) -> tuple[Path, Path]:

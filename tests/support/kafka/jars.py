@@ -51,7 +51,16 @@ def _fetch(folder: Path) -> None:
     unfinished = Path(mkdtemp(dir=_BUILD, prefix="kafka-unfinished-"))
     try:
         said = subprocess.run(
-            ["mvn", "-B", "-q", "-f", _POM, *_repository(), "dependency:copy-dependencies", f"-DoutputDirectory={unfinished}"],
+            [
+                "mvn",
+                "-B",
+                "-q",
+                "-f",
+                _POM,
+                *_repository(),
+                "dependency:copy-dependencies",
+                f"-DoutputDirectory={unfinished}",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -16,7 +16,9 @@ class Record(NamedTuple):
 
 def records(servers: str, topic: str) -> list[Record]:
     """Return all that a topic has, partition by partition in order; nothing where there is no topic."""
-    consumer = KafkaConsumer(bootstrap_servers=servers.split(","), enable_auto_commit=False, auto_offset_reset="earliest")
+    consumer = KafkaConsumer(
+        bootstrap_servers=servers.split(","), enable_auto_commit=False, auto_offset_reset="earliest"
+    )
     try:
         partitions = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]
         consumer.assign(partitions)
