@@ -55,7 +55,7 @@ class Stack:
     """One set-up: where things are, and the processes that a test started in it.
 
     ``database`` is a libpq connection string; ``broker`` is none where PostgreSQL carries Celery's queues; ``kafka`` is
-    where extraction messages go to a topic.
+    where extraction messages go to a topic, read up to ``positions``, by partition.
     """
 
     database: str
@@ -64,6 +64,7 @@ class Stack:
     directory: Path
     kafka: KafkaServer | None = None
     topic: str = QUEUE
+    positions: dict[int, int] = field(default_factory=dict)
     processes: list[Process] = field(default_factory=list)
     _server: EmbeddedPostgres | None = None
 
@@ -216,11 +217,11 @@ class Stack:
             connection.channel().queue_declare(QUEUE, durable=True, auto_delete=False)
 
     def extractions(self) -> list[Extraction]:
-        """Return every message in ``extraction_queue``, in order. RabbitMQ's are consumed by this."""
+        """Return every message in ``extraction_queue``, in order. Those of RabbitMQ and Kafka are consumed by this."""
         if self.kafka is not None:
             return [
                 Extraction(record.headers["message_id"], json.loads(record.value), record._asdict(), record.value)
-                for record in self.kafka.records(self.topic)
+                for record in self.kafka.records(self.topic, self.positions)
             ]
         return self._from_postgres() if self.broker is None else drain(self.broker, QUEUE)
 

@@ -21,6 +21,8 @@ from confluent_kafka.admin import (
     AclOperation,
     AclPermissionType,
     AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
     ConfigResource,
     NewTopic,
     ResourcePatternType,
@@ -135,9 +137,9 @@ class KafkaServer:
         """The ids of the brokers."""
         return list(self._plain)
 
-    def records(self, topic: str) -> list[Record]:
-        """Return all that a topic has, read by a stranger; see :func:`tests.support.kafka.wire.records`."""
-        return records(self.servers, topic)
+    def records(self, topic: str, positions: dict[int, int] | None = None) -> list[Record]:
+        """Return what a topic has, read by a stranger; see :func:`tests.support.kafka.wire.records`."""
+        return records(self.servers, topic, positions)
 
     def secure_url(self, user: str) -> str:
         """Return the URL of :attr:`secure_servers` for a user."""
@@ -202,11 +204,29 @@ class KafkaServer:
         """Return which broker leads the first partition of a topic."""
         return int(self._admin.list_topics(topic, timeout=_ANSWER_LIMIT).topics[topic].partitions[0].leader)
 
+    def is_in_sync(self, topic: str) -> bool:
+        """Tell whether every replica of a topic has all of it."""
+        partitions = self._admin.list_topics(topic, timeout=_ANSWER_LIMIT).topics[topic].partitions.values()
+        return all(len(partition.isrs) == len(self.nodes) for partition in partitions)
+
     def setting(self, topic: str, name: str) -> str:
         """Return the value of a setting of a topic."""
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
         entries = self._admin.describe_configs([resource])[resource].result(_ANSWER_LIMIT)
         return str(entries[name].value)
+
+    def change(self, topic: str, **settings: object) -> None:
+        """Change settings of a topic; max_message_bytes is max.message.bytes, None puts back its default."""
+        entries = [
+            ConfigEntry(
+                key.replace("_", "."),
+                None if value is None else str(value),
+                incremental_operation=AlterConfigOpType.DELETE if value is None else AlterConfigOpType.SET,
+            )
+            for key, value in settings.items()
+        ]
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+        self._done(self._admin.incremental_alter_configs([resource]))
 
     def grant(self, user: str, topic: str, operation: AclOperation) -> None:
         """Grant a user of :data:`USERS` a right on a topic."""

@@ -14,8 +14,15 @@ class Record(NamedTuple):
     headers: dict[str, str]
 
 
-def records(servers: str, topic: str) -> list[Record]:
-    """Return all that a topic has, partition by partition in order; nothing where there is no topic."""
+def records(servers: str, topic: str, positions: dict[int, int] | None = None) -> list[Record]:
+    """Return what a topic has, partition by partition in order; nothing where there is no topic.
+
+    Args:
+        servers: ``host:port,host:port``.
+        topic: its name.
+        positions: by partition, where to begin; afterwards, where what was read ends. None: read all.
+    """
+    positions = {} if positions is None else positions
     consumer = KafkaConsumer(
         bootstrap_servers=servers.split(","), enable_auto_commit=False, auto_offset_reset="earliest"
     )
@@ -26,7 +33,7 @@ def records(servers: str, topic: str) -> list[Record]:
         found = []
         for partition in partitions:
             consumer.assign([partition])
-            consumer.seek_to_beginning(partition)
+            consumer.seek(partition, positions.get(partition.partition, 0))
             while consumer.position(partition) < ends[partition]:
                 for batch in consumer.poll(timeout_ms=1_000).values():
                     found += [
@@ -38,6 +45,7 @@ def records(servers: str, topic: str) -> list[Record]:
                         )
                         for each in batch
                     ]
+            positions[partition.partition] = consumer.position(partition)
         return found
     finally:
         consumer.close()
