@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -180,6 +183,17 @@ class TestLoggingIn:
         assert isinstance(receipt.error, BrokerUnreachableError)
         assert shown in str(receipt.error)
         assert "canary" not in str(receipt.error)
+
+
+def test_without_its_client_kafka_is_one_clear_sentence(tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['confluent_kafka'] = None; from orchestrator.__main__ import main; main()"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ORCHESTRATOR_")}
+    places = {"ORCHESTRATOR_DATABASE_URL": "postgresql://127.0.0.1:1/x", "ORCHESTRATOR_EXTRACTION_URL": "kafka://h"}
+    env |= places | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", hidden, "plan", "1"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done
+    assert "pip install 'task-orchestrator[kafka]'" in done.stderr
 
 
 class TestProcesses:

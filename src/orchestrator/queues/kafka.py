@@ -33,7 +33,8 @@ from orchestrator.errors import (
 from orchestrator.queues import Receipt
 from orchestrator.settings import KafkaSettings
 
-_log: Final = logging.getLogger("librdkafka")
+# What goes wrong is told by our own errors; librdkafka would log each of its tries.
+_QUIETLY: Final = {"log_level": 0, "logger": logging.getLogger("librdkafka")}
 
 WINDOW: Final = 5_000
 """At most this many messages are unconfirmed at a time."""
@@ -104,7 +105,7 @@ class KafkaPublisher:
     """
 
     def __init__(self, url: SecretStr, topic: str, security: KafkaSettings, *, patience: Patience = Patience()) -> None:
-        self._cluster = _Cluster.of(url, security)
+        self._cluster = Cluster.of(url, security)
         self._topic = topic
         self._patience = patience
         self._largest_batch = _LARGEST_BATCH
@@ -167,7 +168,7 @@ class KafkaPublisher:
 
 def survey(url: SecretStr, security: KafkaSettings, topic: str, patience: Patience = Patience()) -> QueueStanding:
     """Ask how many messages a topic keeps, consumed or not; who consumes them is the consumers' business."""
-    admin = AdminClient(_Cluster.of(url, security).configuration)
+    admin = AdminClient(Cluster.of(url, security).configuration | _QUIETLY)
     try:
         found = admin.list_topics(topic, timeout=patience.open).topics[topic]
         if found.error is not None:
@@ -186,8 +187,14 @@ def survey(url: SecretStr, security: KafkaSettings, topic: str, patience: Patien
 
 
 @dataclass(frozen=True, slots=True)
-class _Cluster:
-    """Where a cluster is and how to log in; as text it has no credentials."""
+class Cluster:
+    """Where a cluster is and how to log in; as text it has no credentials.
+
+    Attributes:
+        servers: ``host:port,host:port``.
+        tls: whether that is how to talk to them.
+        configuration: all of it as librdkafka's properties, passwords included.
+    """
 
     servers: str
     tls: bool
@@ -195,6 +202,7 @@ class _Cluster:
 
     @classmethod
     def of(cls, url: SecretStr, security: KafkaSettings) -> Self:
+        """Read an address, which the settings have checked."""
         parts = urlsplit(url.get_secret_value())
         credentials, _, servers = parts.netloc.rpartition("@")
         user, _, password = credentials.partition(":")
@@ -204,9 +212,6 @@ class _Cluster:
             "client.id": APP_ID,
             "security.protocol": f"{'sasl_' if user else ''}{'ssl' if tls else 'plaintext'}",
             "socket.keepalive.enable": True,
-            # What goes wrong is told by our own errors; librdkafka would log each of its tries.
-            "log_level": 0,
-            "logger": _log,
         }
         if user:
             configuration |= {
@@ -289,7 +294,7 @@ class _Session:
         PublishError: from the constructor, it could not be made so.
     """
 
-    def __init__(self, cluster: _Cluster, topic: str, largest_batch: int, patience: Patience) -> None:
+    def __init__(self, cluster: Cluster, topic: str, largest_batch: int, patience: Patience) -> None:
         self._cluster = cluster
         self._topic = topic
         self._patience = patience
@@ -299,6 +304,7 @@ class _Session:
         self._producer = Producer(
             {
                 **cluster.configuration,
+                **_QUIETLY,
                 "enable.idempotence": True,
                 "acks": "all",
                 "message.timeout.ms": round(patience.confirm * 1_000),
@@ -442,7 +448,7 @@ class _Session:
                 turn = min(2 * turn, max(_GLANCE, give_up_at - monotonic()))
 
     def _create_topic(self) -> None:
-        admin = AdminClient(self._cluster.configuration)
+        admin = AdminClient(self._cluster.configuration | _QUIETLY)
         # Partitions and replicas: as many as the cluster's settings say.
         future = admin.create_topics([NewTopic(self._topic, -1, -1)], request_timeout=self._patience.create)[
             self._topic
