@@ -88,7 +88,7 @@ class Patience:
         batch: one batch in all.
     """
 
-    open: float = 6.0
+    open: float = 4.0
     create: float = 6.0
     confirm: float = 10.0
     batch: float = 15.0  # below the ledger's idle_in_transaction_session_timeout of 30 s

@@ -1,4 +1,7 @@
-"""The jars of Apache Kafka, fetched once by Maven from ``pom.xml`` into the clone's ``build`` folder."""
+"""The jars of Apache Kafka, fetched once by Maven from ``pom.xml`` into the clone's ``build`` folder.
+
+``TEST_KAFKA=3.9.2`` has another version than the pom's.
+"""
 
 import fcntl
 import os
@@ -38,16 +41,17 @@ def class_path() -> str:
         AssertionError: Maven could not fetch it; the message has its last words.
     """
     # Of one pom for ever: another version is another folder.
-    folder = _BUILD / f"kafka-{sha256(_POM.read_bytes()).hexdigest()[:12]}"
+    version = os.environ.get("TEST_KAFKA", "")
+    folder = _BUILD / f"kafka-{version or 'pom'}-{sha256(_POM.read_bytes()).hexdigest()[:12]}"
     _BUILD.mkdir(exist_ok=True)
     with (_BUILD / "kafka.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            _fetch(folder)
+            _fetch(folder, [f"-Dkafka.version={version}"] if version else [])
     return f"{folder}/*"
 
 
-def _fetch(folder: Path) -> None:
+def _fetch(folder: Path, version: list[str]) -> None:
     unfinished = Path(mkdtemp(dir=_BUILD, prefix="kafka-unfinished-"))
     try:
         said = subprocess.run(
@@ -58,6 +62,7 @@ def _fetch(folder: Path) -> None:
                 "-f",
                 _POM,
                 *_repository(),
+                *version,
                 "dependency:copy-dependencies",
                 f"-DoutputDirectory={unfinished}",
             ],
