@@ -339,7 +339,7 @@ class _Session:
         give_up_at = monotonic() + self._patience.batch
 
         def is_worth_waiting() -> bool:
-            return not (fate.complete or fate.failure or self._hopeless or monotonic() > give_up_at)
+            return not (fate.complete or fate.failure is not None or self._hopeless or monotonic() > give_up_at)
 
         self._produce(batch, fate, is_worth_waiting)
         while is_worth_waiting():
@@ -390,10 +390,10 @@ class _Session:
             _inherited.append(self._producer)
             return
         self._serve(0)
-        # Either may raise a fatal error, which nobody needs to know any more.
-        with suppress(KafkaException):
+        # Either may raise a fatal error, which nobody needs to know any more, and does so as SystemError while others wait.
+        with suppress(KafkaException, SystemError):
             self._producer.purge()
-        with suppress(KafkaException):
+        with suppress(KafkaException, SystemError):
             self._producer.close()
 
     def _serve(self, seconds: float) -> None:
