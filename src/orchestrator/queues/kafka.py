@@ -390,7 +390,7 @@ class _Session:
             _inherited.append(self._producer)
             return
         self._serve(0)
-        # Either may raise a fatal error, which nobody needs to know any more, and does so as SystemError while others wait.
+        # Either may raise a fatal error, as SystemError when called back meanwhile; nobody needs to know any more.
         with suppress(KafkaException, SystemError):
             self._producer.purge()
         with suppress(KafkaException, SystemError):
