@@ -156,8 +156,11 @@ class TestLoggingIn:
         receipt = place.publish(publisher, batch_of(3))
         assert isinstance(receipt.error, QueueMissingError)
         assert "uthorization failed" in str(receipt.error)
+        with pytest.raises(QueueMissingError, match="no right to write"):
+            publisher.check()
         kafka_server.grant(writer, place.queue, AclOperation.WRITE)
         eventually(lambda: place.publish(publisher, batch_of(3)).error is None, within=20, what="it may be written")
+        assert publisher.check()
 
     def test_the_password_appears_nowhere(self, place: KafkaPlace, kafka_server: KafkaServer) -> None:
         url = SecretStr(kafka_server.secure_url("writer").replace("writer-secret", "canary"))

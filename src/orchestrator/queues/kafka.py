@@ -17,8 +17,8 @@ from time import monotonic
 from typing import Any, Final, Self
 from urllib.parse import unquote, urlsplit
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicCollection, TopicPartition
+from confluent_kafka.admin import AclOperation, AdminClient, NewTopic, OffsetSpec
 from pydantic import SecretStr
 from sqlalchemy import Connection
 
@@ -143,13 +143,15 @@ class KafkaPublisher:
         return Receipt(fate.confirmed, session.verdict(fate))
 
     def check(self) -> str:
-        """Connect anew, make sure of the topic, and return where it is, without credentials.
+        """Connect anew, make sure of the topic and of the right to write to it, and return where it is.
 
         Raises:
             PublishError: the topic cannot be used now.
         """
         self.close()
-        partitions = self._ready().partitions
+        session = self._ready()
+        session.require_right()
+        partitions = session.partitions
         return f"topic {self._topic} on {self._cluster}, {partitions} partition{'' if partitions == 1 else 's'}"
 
     def close(self) -> None:
@@ -371,6 +373,23 @@ class _Session:
                 except KafkaException as error:
                     fate.refuse(error.args[0])
                     return
+
+    def require_right(self) -> None:
+        """Make sure of the right to write to the topic, where the cluster says which rights we have.
+
+        Raises:
+            QueueMissingError: it is lacking.
+        """
+        admin = AdminClient(self._cluster.configuration | _QUIETLY)
+        asked = admin.describe_topics(
+            TopicCollection([self._topic]), include_authorized_operations=True, request_timeout=self._patience.open
+        )
+        try:
+            allowed = asked[self._topic].result(self._patience.open).authorized_operations
+        except (KafkaException, TimeoutError):
+            return
+        if allowed and not {AclOperation.WRITE, AclOperation.ALL}.intersection(allowed):
+            raise QueueMissingError(f"topic {self._topic} on {self._cluster} cannot be used: no right to write to it")
 
     def verdict(self, fate: _Fate) -> PublishError | None:
         """Return what there is to say against a batch."""
