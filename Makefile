@@ -17,7 +17,7 @@ UV = $(BIN)/uv
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-setup: venv services ## prepare everything now: .venv, RabbitMQ, openssl, libfaketime, promtool
+setup: venv services ## prepare everything now: .venv, RabbitMQ, Java and Maven, openssl, libfaketime, promtool
 
 venv:
 	@scripts/bootstrap.sh venv

@@ -2,7 +2,8 @@
 # Prepare this clone. The Makefile calls it before every target; with nothing to do it returns at once.
 #
 #   scripts/bootstrap.sh venv       .venv with exactly what requirements.lock names, and the package itself
-#   scripts/bootstrap.sh services   RabbitMQ, openssl, libfaketime and promtool for the tests, as Debian packages, if we are root
+#   scripts/bootstrap.sh services   RabbitMQ, Java and Maven for Kafka, openssl, libfaketime and promtool for the tests,
+#                                   as Debian packages, if we are root
 #
 # Asks for Python 3.11 or newer and nothing else. Writes into the clone and the download caches only, unless it
 # is root and a Debian package is missing.
@@ -106,6 +107,8 @@ choose_cache() {
 services() {
     set --
     have rabbitmq-server || set -- "$@" rabbitmq-server
+    have_java || set -- "$@" default-jre-headless
+    have mvn || set -- "$@" maven
     have openssl || set -- "$@" openssl
     have_faketime || set -- "$@" libfaketime
     # Debian has promtool in the package of the whole server.
@@ -124,6 +127,12 @@ have() (
     PATH="/usr/lib/rabbitmq/bin:$PATH:/usr/sbin:/usr/local/sbin"
     command -v "$1" >/dev/null
 )
+
+# A Java that runs Kafka, as tests/support/kafka asks for it.
+have_java() {
+    version=$(java -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p')
+    [ "${version:-0}" -ge 17 ]
+}
 
 # Where tests/support/beats.py looks.
 have_faketime() {

@@ -8,6 +8,8 @@ from typing import Final
 
 import pytest
 
+from tests.support import kafka
+from tests.support.kafka import KafkaServer
 from tests.support.postgres import PostgresServer
 from tests.support.rabbitmq import HOW_TO_INSTALL, RabbitMQServer, find_program
 
@@ -37,6 +39,26 @@ def rabbitmq_server(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # no
     """One RabbitMQ for the whole session. Tests that stop or kill a broker start their own."""
     with RabbitMQServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def kafka_installed() -> None:
+    """Skip where no Kafka can run, but not in CI."""
+    if not kafka.is_installed():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(kafka.HOW_TO_INSTALL)
+
+
+@pytest.fixture(scope="session")
+def kafka_server(kafka_installed: None) -> Iterator[KafkaServer]:  # noqa: ARG001 -- it skips
+    """One Kafka for the whole session. Tests that stop or kill a broker start their own."""
+    with KafkaServer() as server:
+        yield server
+
+
+@pytest.fixture
+def topic() -> str:
+    """The name of a topic of the test's own."""
+    return f"extraction-{next(_NUMBERS)}"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Final
 
 from pydantic import SecretStr
@@ -23,7 +24,7 @@ from orchestrator.discovery import DiscoveryClient, RetryPolicy
 from orchestrator.dispatch import FanOut, Help
 from orchestrator.domain import Health, MisfirePolicy, Node, OverlapPolicy, QueueStanding
 from orchestrator.embedded import EmbeddedPostgres, ServerConfig
-from orchestrator.errors import TransientError
+from orchestrator.errors import ConfigurationError, TransientError
 from orchestrator.firing import FiringEngine
 from orchestrator.health import Attendance, BrokerWatch
 from orchestrator.insights import Insights
@@ -33,7 +34,7 @@ from orchestrator.queues import Observed, PerThread, Publisher, Survey, postgres
 from orchestrator.queues.postgres import PostgresPublisher
 from orchestrator.queues.rabbitmq import RabbitMQPublisher
 from orchestrator.rabbitmq import survey
-from orchestrator.settings import SchedulerSettings, Settings, current
+from orchestrator.settings import PREFIX, SchedulerSettings, Settings, current
 from orchestrator.telemetry import Event, logger
 from orchestrator.timetable import Timetable
 
@@ -110,10 +111,21 @@ class Links:
         return Sender()
 
     def publisher(self, settings: Settings, database: Database) -> Publisher:
-        """Return the way to the extraction queue."""
+        """Return the way to the extraction queue.
+
+        Raises:
+            ConfigurationError: what it needs is not installed.
+        """
         if settings.extraction_transport == "pgmq":
             return PostgresPublisher(settings.extraction_queue, database.transaction)
         url = settings.extraction_url or settings.broker_url
+        if settings.extraction_transport == "kafka":
+            if find_spec("confluent_kafka") is None:
+                how = "pip install 'task-orchestrator[kafka]'"
+                raise ConfigurationError(f"{PREFIX}EXTRACTION_URL: for Kafka, confluent-kafka must be installed: {how}")
+            from orchestrator.queues.kafka import KafkaPublisher  # noqa: PLC0415 -- an extra
+
+            return PerThread(lambda: KafkaPublisher(url, settings.extraction_queue, settings.kafka))
         return PerThread(lambda: RabbitMQPublisher(url, settings.extraction_queue))
 
     def discovery(self, settings: Settings) -> DiscoveryClient:
@@ -182,15 +194,17 @@ def _survey(settings: Settings, database: Database) -> list[QueueStanding]:
         return postgres.survey(database.transaction, names) if transport == "pgmq" else survey(url, names)
 
     extraction = settings.extraction_url or settings.broker_url
-    return [
-        *ask(settings.broker_transport, settings.broker_url, [ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE]),
-        *ask(settings.extraction_transport, extraction, [settings.extraction_queue]),
-    ]
+    ours = ask(settings.broker_transport, settings.broker_url, [ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE])
+    if settings.extraction_transport == "kafka":
+        from orchestrator.queues import kafka  # noqa: PLC0415 -- an extra
+
+        return [*ours, kafka.survey(extraction, settings.kafka, settings.extraction_queue)]
+    return [*ours, *ask(settings.extraction_transport, extraction, [settings.extraction_queue])]
 
 
 def _observed(publisher: Publisher, settings: Settings) -> Publisher:
-    system = "rabbitmq" if settings.extraction_transport == "amqp" else "postgresql"
-    return Observed(publisher, system=system, queue=settings.extraction_queue)
+    systems = {"amqp": "rabbitmq", "kafka": "kafka", "pgmq": "postgresql"}
+    return Observed(publisher, system=systems[settings.extraction_transport], queue=settings.extraction_queue)
 
 
 def _broker_watch() -> BrokerWatch:

@@ -150,7 +150,7 @@ _REMEDIES: Final = {
     "broker_unreachable": f"start the broker, or correct {PREFIX}BROKER_URL / {PREFIX}EXTRACTION_URL",
     "broker_blocked": "free memory or disk on the broker",
     "confirm_timeout": "see the broker's log: it accepts connections and does not answer",
-    "queue_missing": "give the role or account the right to declare and write the queue",
+    "queue_missing": "give the role or account the right to declare and write the queue or topic, or create it",
 }
 
 
@@ -182,8 +182,12 @@ def _database_address(settings: Settings) -> str:
 
 
 def _broker_address(url: SecretStr) -> str:
+    address = url.get_secret_value()
+    if address.startswith("kafka"):
+        scheme, _, rest = address.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
     try:
-        parts = url_to_parts(url.get_secret_value())
+        parts = url_to_parts(address)
     except ValueError:
         return "malformed (percent-encode special characters)"
     if parts.scheme == "pgmq":

@@ -468,8 +468,8 @@ class QueueStanding:
 
     Attributes:
         name: the queue.
-        messages: that wait in it; none: it is not there, or cannot be asked.
-        consumers: that take them; none: not known, as where PostgreSQL carries it.
+        messages: that wait in it, or that a Kafka topic keeps; none: it is not there, or cannot be asked.
+        consumers: that take them; none: not known, as where PostgreSQL or Kafka carries it.
         problem: why it is not there, or cannot be asked.
     """
 

@@ -43,6 +43,8 @@ CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
 DEFAULT_CONFIG_FILE: Final = "orchestrator.toml"
 
 _IDENTIFIER: Final = re.compile(r"[^\x00]{1,63}")
+_KAFKA_SERVER: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(:\d{1,5})?")
+_KAFKA_TOPIC: Final = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]+")
 
 
 def _identifier(value: str) -> str:
@@ -90,6 +92,10 @@ def _is_readable(address: str) -> bool:
         if parts.scheme.startswith("postgres"):
             ports = str(conninfo_to_dict(address).get("port") or "").split(",")
             if not all(port.isdecimal() or not port for port in ports):
+                return False
+        elif parts.scheme.startswith("kafka"):
+            servers = parts.netloc.rpartition("@")[2].split(",")
+            if parts.path.strip("/") or not all(map(_KAFKA_SERVER.fullmatch, servers)):
                 return False
         else:
             url_to_parts(address)
@@ -141,6 +147,20 @@ class CrawlConfigsMapping(_Section):
         description="SQL sort keys, latest first; default: created_at DESC NULLS LAST, id DESC",
         examples=["version DESC"],
     )
+
+
+class KafkaSettings(_Section):
+    """How to log in to Kafka, beyond what the address says."""
+
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "PLAIN", description="how the user and the password of a kafka address log in"
+    )
+    ca_file: Path | None = Field(
+        None, description="certificates that kafkas:// trusts, PEM; unset: the system's, or those of SSL_CERT_FILE"
+    )
+    certificate_file: Path | None = Field(None, description="our certificate, PEM, where brokers want one of clients")
+    key_file: Path | None = Field(None, description="its private key, PEM")
+    key_password: SecretStr | None = Field(None, description="the key's password")
 
 
 class CatalogSettings(_Section):
@@ -276,11 +296,13 @@ class Settings(BaseSettings):
     broker_url: Annotated[SecretStr, _url_of("amqp", "amqps", "pgmq")] = Field(
         SecretStr("pgmq://"), description="amqp://user:password@host:port/vhost; pgmq:// is the database itself"
     )
-    extraction_url: Annotated[SecretStr, _url_of("amqp", "amqps", "pgmq")] | None = Field(
-        None, description="where extraction messages go; unset: the broker"
+    extraction_url: Annotated[SecretStr, _url_of("amqp", "amqps", "kafka", "kafkas", "pgmq")] | None = Field(
+        None,
+        description="where extraction messages go; kafka:// or kafkas://user:password@host:port,host:port; "
+        "unset: the broker",
     )
     extraction_queue: str = Field(
-        "extraction_queue", min_length=1, max_length=200, description="the Extractor Service's queue"
+        "extraction_queue", min_length=1, max_length=200, description="the Extractor Service's queue or topic"
     )
     discovery_url: Annotated[str, AfterValidator(_http_url)] = Field(
         "http://discovery-svc/discover", description="where site analyses are posted to"
@@ -298,6 +320,7 @@ class Settings(BaseSettings):
         None, description="embedded PostgreSQL's data; unset: the XDG state directory, or /var/lib as root"
     )
     catalog: CatalogSettings = CatalogSettings()
+    kafka: KafkaSettings = KafkaSettings()
     dispatch: DispatchSettings = DispatchSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     api: ApiSettings = ApiSettings()
@@ -311,6 +334,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 "extraction_queue must have at most 47 letters, digits or underscores when it lives in PostgreSQL"
             )
+        if self.extraction_transport == "kafka" and not _KAFKA_TOPIC.fullmatch(self.extraction_queue):
+            raise ValueError("extraction_queue must be of letters, digits, '.', '_' and '-' when it is a Kafka topic")
         for url in (self.broker_url, self.extraction_url):
             if url is not None and urlsplit(url.get_secret_value()).scheme == "pgmq" and url != SecretStr("pgmq://"):
                 raise ValueError("pgmq:// takes no address: the queues live in the database of database_url")
@@ -322,10 +347,12 @@ class Settings(BaseSettings):
         return "pgmq" if self.broker_url.get_secret_value().startswith("pgmq") else "amqp"
 
     @property
-    def extraction_transport(self) -> Literal["amqp", "pgmq"]:
+    def extraction_transport(self) -> Literal["amqp", "kafka", "pgmq"]:
         """Which transport carries extraction messages."""
-        url = self.extraction_url or self.broker_url
-        return "pgmq" if url.get_secret_value().startswith("pgmq") else "amqp"
+        if self.extraction_url is None:
+            return self.broker_transport
+        url = self.extraction_url.get_secret_value()
+        return "kafka" if url.startswith("kafka") else "pgmq" if url.startswith("pgmq") else "amqp"
 
     @classmethod
     def settings_customise_sources(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.discovery_server import DiscoveryServer, answer
+from tests.support.kafka import KafkaServer
 from tests.support.postgres import PostgresServer
 from tests.support.rabbitmq import RabbitMQServer
 from tests.support.stack import Stack
@@ -38,7 +39,37 @@ def on_embedded(discovery: DiscoveryServer, tmp_path_factory: pytest.TempPathFac
     yield from _ready(Stack.embedded(tmp_path_factory.mktemp("embedded"), **_settings(discovery)))
 
 
-@pytest.fixture(params=["rabbitmq", "embedded"])
+@pytest.fixture(scope="session")
+def on_kafka(
+    postgres_server: PostgresServer,
+    rabbitmq_server: RabbitMQServer,
+    kafka_server: KafkaServer,
+    discovery: DiscoveryServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Stack]:
+    """Set-up 3: PostgreSQL and RabbitMQ, extraction on Kafka."""
+    database = postgres_server.create_database("kafka")
+    broker = rabbitmq_server.vhost_url(rabbitmq_server.fresh_vhost())
+    directory = tmp_path_factory.mktemp("kafka")
+    yield from _ready(Stack.on_kafka(database, broker, kafka_server, "kafka", directory, **_settings(discovery)))
+    postgres_server.drop_database("kafka")
+
+
+@pytest.fixture(scope="session")
+def on_kafka_alone(
+    postgres_server: PostgresServer,
+    kafka_server: KafkaServer,
+    discovery: DiscoveryServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Stack]:
+    """Set-up 4: PostgreSQL and Kafka, no RabbitMQ."""
+    database = postgres_server.create_database("kafka_alone")
+    directory = tmp_path_factory.mktemp("kafka_alone")
+    yield from _ready(Stack.on_kafka(database, None, kafka_server, "alone", directory, **_settings(discovery)))
+    postgres_server.drop_database("kafka_alone")
+
+
+@pytest.fixture(params=["rabbitmq", "embedded", "kafka", "kafka_alone"])
 def stack(request: pytest.FixtureRequest) -> Stack:
     """Each of the set-ups in turn."""
     chosen: Stack = request.getfixturevalue(f"on_{request.param}")

@@ -90,6 +90,23 @@ def test_the_message_has_exactly_the_promised_properties(on_rabbitmq: Stack) -> 
         }
 
 
+def test_a_record_on_kafka_has_exactly_the_promised_key_and_headers(on_kafka: Stack) -> None:
+    (source,) = some_sources(on_kafka, 1)
+    run_id = on_kafka.crawl(a_task(on_kafka, [source]))
+    on_kafka.await_run(run_id)
+
+    (message,) = wire(on_kafka, run_id).values()
+    record = message.properties
+    assert record["key"] == str(source)
+    assert record["headers"].pop("traceparent").split("-")[1] == run_id.hex
+    assert record["headers"] == {
+        "message_id": str(uuid5(run_id, str(source))),
+        "type": "extraction.requested",
+        "app_id": "orchestrator",
+        "content_type": "application/json",
+    }
+
+
 @pytest.mark.parametrize(
     ("sources", "code"),
     [([1, -2], "invalid_data_source_ids"), (None, None), ([], None)],

@@ -13,6 +13,7 @@ from typing import Final
 
 import pytest
 
+from tests.support.kafka import KafkaServer
 from tests.support.processes import Process, eventually, guard_group, release_group
 
 DEMO: Final = [sys.executable, "-m", "orchestrator", "demo"]
@@ -82,6 +83,36 @@ def test_the_story_ends_well_whatever_the_users_settings_are_and_leaves_nothing(
     assert directory is not None
     assert not processes_in(directory)
     temporary.rmdir()  # which only works where nothing was left
+
+
+def test_the_story_on_a_given_kafka_ends_well_and_leaves_no_topic(kafka_server: KafkaServer, tmp_path: Path) -> None:
+    before = kafka_server.topics()
+    command = [*DEMO, "--once", "--sources", "400", "--extraction", kafka_server.secure_url("admin")]
+    env = environment(ORCHESTRATOR_KAFKA__CA_FILE=str(kafka_server.certificate))
+
+    with Process(command, output=tmp_path / "demo.txt", env=env, cwd=tmp_path) as process:
+        process.await_line("are on their way", within=WHOLE_STORY)
+        (topic,) = kafka_server.topics().keys() - before
+        assert process.wait(within=WHOLE_STORY) == 0, process.text()
+
+    told = process.text()
+    summary = OK.search(told)
+    assert summary is not None, told
+    assert len(set(summary.groups())) == 1, told
+    assert f"extraction messages go to topic {topic} on Kafka at localhost:" in told
+    assert "all recognised" in told
+    assert "admin-secret" not in told
+    eventually(lambda: kafka_server.topics() == before, within=10, what="the topic is gone")
+
+
+def test_a_kafka_that_is_away_is_one_clear_sentence(kafka_installed: None, tmp_path: Path) -> None:  # noqa: ARG001 -- it skips
+    command = [*DEMO, "--once", "--extraction", "kafka://127.0.0.1:1"]
+    done = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "kafka://127.0.0.1:1 cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

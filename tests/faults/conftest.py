@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.beats import find_faketime
 from tests.support.evidence import Evidence
+from tests.support.kafka import KafkaServer
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
 from tests.support.rabbitmq import RabbitMQServer
@@ -118,6 +119,13 @@ def rabbitmq(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG
         yield server
 
 
+@pytest.fixture(scope="module")
+def kafka(kafka_installed: None) -> Iterator[KafkaServer]:  # noqa: ARG001 -- it skips
+    """A Kafka that a file's tests may hurt; each leaves it whole."""
+    with KafkaServer() as server:
+        yield server
+
+
 @pytest.fixture
 def faketime() -> None:
     """Skip where there is no libfaketime, but not in CI."""
@@ -136,6 +144,17 @@ def make_rabbitmq(database_url: str, broker_url: str, tmp_path: Path) -> Iterato
 def make_embedded(tmp_path: Path) -> Iterator[StackFactory]:
     """Make set-up 1 with given settings."""
     yield from _factory(lambda settings: Stack.embedded(tmp_path, **settings))
+
+
+@pytest.fixture(params=["rabbitmq", "postgresql"])
+def make_kafka(
+    request: pytest.FixtureRequest, database_url: str, kafka_server: KafkaServer, topic: str, tmp_path: Path
+) -> Iterator[StackFactory]:
+    """Make set-ups 3 and 4: extraction on Kafka, with Celery on RabbitMQ or over PostgreSQL."""
+    broker = request.getfixturevalue("broker_url") if request.param == "rabbitmq" else None
+    yield from _factory(
+        lambda settings: Stack.on_kafka(database_url, broker, kafka_server, topic, tmp_path, **settings)
+    )
 
 
 @pytest.fixture(params=["rabbitmq", "embedded"])

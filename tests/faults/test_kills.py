@@ -137,6 +137,19 @@ def test_kill_9_of_workers_on_the_embedded_set_up(
     assert siege.judge().duplicates == 0
 
 
+@pytest.mark.fault("kill -9 of workers whose messages go to Kafka, with Celery on")
+def test_kill_9_of_workers_that_publish_to_kafka(make_kafka: StackFactory, random: Random, evidence: Evidence) -> None:
+    stack = make_kafka(DISPATCH__BATCH_SIZE=str(BATCH), LOG__LEVEL="DEBUG")
+    a_task(stack)
+
+    with Fleet(stack, 2) as fleet:
+        siege = Siege(fleet, random, evidence)
+        siege.last(20 if LONG else 2)
+        fleet.assert_well()
+
+    siege.judge()
+
+
 @pytest.mark.fault("kill -9 of a worker's child in the middle of a batch")
 def test_kill_9_of_a_pool_child_in_the_middle_of_a_batch(
     make_rabbitmq: StackFactory, random: Random, evidence: Evidence

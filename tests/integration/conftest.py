@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.kafka import KafkaServer
 from tests.support.ledgers import Workbench, template
 from tests.support.postgres import PostgresServer
 from tests.support.rabbitmq import RabbitMQServer
@@ -27,4 +28,11 @@ def bench(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
 def fragile_server(rabbitmq_installed: None) -> Iterator[RabbitMQServer]:  # noqa: ARG001 -- it skips
     """A broker for the tests that hurt it."""
     with RabbitMQServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def fragile_kafka(kafka_installed: None) -> Iterator[KafkaServer]:  # noqa: ARG001 -- it skips
+    """A Kafka for the tests that hurt it."""
+    with KafkaServer() as server:
         yield server

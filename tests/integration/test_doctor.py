@@ -17,6 +17,7 @@ from kombu.utils.url import url_to_parts
 
 from orchestrator.domain import Health, Node
 from tests.support.application import Application, migrated
+from tests.support.kafka import KafkaServer
 from tests.support.ledgers import Workbench
 from tests.support.postgres import PostgresServer
 from tests.support.processes import free_port
@@ -154,6 +155,24 @@ def test_a_broker_that_accepts_and_is_silent_is_given_up_on(application: Applica
     assert found.statuses("broker") == found.statuses("extraction") == {"fail"}
     assert found.statuses("database") == {"ok"}
     assert time.monotonic() - begin < 35
+
+
+def test_extraction_on_kafka(
+    application: Application, role: str, broker_url: str, kafka_server: KafkaServer, topic: str, tmp_path: Path
+) -> None:
+    settings = {"DATABASE_URL": _as(role, application), "BROKER_URL": broker_url, "EXTRACTION_QUEUE": topic}
+    url = kafka_server.url.replace("://", f"://user:{CANARY}@")
+    found = _examine(tmp_path, **settings, EXTRACTION_URL=kafka_server.url)
+    assert found.statuses("extraction") == {"ok"}, found.text("extraction")
+    assert f"topic {topic} on {kafka_server.url}, 1 partition" in found.text("extraction")
+    assert f"{topic} on {kafka_server.url}" in found.text("settings")
+
+    # A listener without SASL, a certificate that nobody trusts, and nobody at all.
+    for wrong in (url, kafka_server.secure_url("writer"), f"kafka://u:{CANARY}@127.0.0.1:{free_port()}"):
+        found = _examine(tmp_path, **settings, EXTRACTION_URL=wrong)
+        assert found.statuses("extraction") == {"fail"}
+        assert "ORCHESTRATOR_EXTRACTION_URL" in found.text("extraction")
+        assert "writer-secret" not in found.text("extraction") + found.text("settings")
 
 
 def test_a_fresh_database_needs_migration_and_tables(database_url: str, tmp_path: Path) -> None:

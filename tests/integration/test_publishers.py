@@ -1,4 +1,4 @@
-"""The Publisher port: one suite for both implementations on real servers, then what only RabbitMQ can do wrong."""
+"""The Publisher port: one suite for all implementations on real servers, then what only RabbitMQ can do wrong."""
 
 import json
 import os
@@ -9,13 +9,12 @@ import ssl
 import subprocess
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol
-from uuid import UUID, uuid4
+from typing import Any
 
 import amqp
 import pgmq
@@ -25,60 +24,37 @@ from kombu.utils.url import url_to_parts
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, create_engine, text
 
-from orchestrator.domain import ExtractionBatch, message_id
+from orchestrator.domain import ExtractionBatch
 from orchestrator.errors import (
     BrokerBlockedError,
     BrokerUnreachableError,
     ConfirmTimeoutError,
     MessageRefusedError,
-    PublishError,
     QueueMissingError,
 )
 from orchestrator.queues import Publisher, Receipt
 from orchestrator.queues.postgres import PostgresPublisher
 from orchestrator.queues.rabbitmq import RabbitMQPublisher
 from orchestrator.rabbitmq import Patience
+from tests.support.kafka import HOW_TO_INSTALL, MockKafka, is_installed
 from tests.support.postgres import PostgresServer
 from tests.support.processes import eventually
+from tests.support.publishing import (
+    TASK,
+    TRACEPARENT,
+    InterruptedByTestError,
+    KafkaPlace,
+    Place,
+    Received,
+    batch_of,
+    ids_of,
+    publishing_on,
+)
 from tests.support.rabbitmq import RabbitMQServer
 
 pytestmark = pytest.mark.timeout(120)
 
-TRACEPARENT = "00-0b6f1c9e3f534d0e9a516a3d7d0c8e11-00f067aa0ba902b7-01"
 HASTY = Patience(connect=2, answer=2, confirm=2, batch=10)
-TASK = 7
-
-
-def batch_of(size: int, *, run_id: UUID | None = None, first: int = 1) -> ExtractionBatch:
-    sources = [(number, number + 500_000) for number in range(first, first + size)]
-    return ExtractionBatch(run_id or uuid4(), TASK, TRACEPARENT, sources)
-
-
-def ids_of(batch: ExtractionBatch, sources: Sequence[int] | None = None) -> list[str]:
-    chosen = [source for source, _ in batch.sources] if sources is None else sources
-    return [str(message_id(batch.run_id, source)) for source in chosen]
-
-
-@dataclass(frozen=True)
-class Received:
-    """A message as a stranger to this package reads it."""
-
-    body: dict[str, Any]
-    facts: dict[str, Any]
-
-    @property
-    def id(self) -> str:
-        return str(self.facts["message_id"])
-
-
-class Place(Protocol):
-    """Where a publisher publishes to, looked at from outside."""
-
-    def publisher(self) -> Publisher: ...
-    def publish(self, publisher: Publisher, batch: ExtractionBatch) -> Receipt: ...
-    def read(self) -> list[Received]: ...
-    def declare_otherwise(self) -> None: ...
-    def is_still_otherwise(self) -> bool: ...
 
 
 class Rabbit:
@@ -184,7 +160,17 @@ def pgmq_place(database_url: str) -> Iterator[Pgmq]:
     engine.dispose()
 
 
-@pytest.fixture(params=["rabbit", "pgmq_place"])
+@pytest.fixture
+def kafka_place(request: pytest.FixtureRequest, topic: str) -> Iterator[KafkaPlace]:
+    """A real Kafka; where none can run, librdkafka's imitation, but not in CI."""
+    if is_installed() or os.environ.get("CI") == "true":
+        yield KafkaPlace(request.getfixturevalue("kafka_server"), topic)
+    else:
+        warnings.warn(f"{HOW_TO_INSTALL}; this ran on librdkafka's mock cluster", stacklevel=1)
+        yield KafkaPlace(MockKafka(), topic)
+
+
+@pytest.fixture(params=["rabbit", "pgmq_place", "kafka_place"])
 def place(request: pytest.FixtureRequest) -> Place:
     found: Place = request.getfixturevalue(request.param)
     return found
@@ -238,9 +224,9 @@ class TestEveryPublisher:
 
     def test_check_declares_a_missing_queue_and_tells_where_it_is(self, place: Place) -> None:
         publisher = place.publisher()
-        assert "extraction_queue" in publisher.check()
+        assert place.queue in publisher.check()
         assert place.read() == []
-        assert "extraction_queue" in publisher.check()
+        assert place.queue in publisher.check()
 
     def test_an_empty_batch_is_nothing(self, place: Place) -> None:
         assert place.publish(place.publisher(), batch_of(0)) == Receipt(())
@@ -592,54 +578,6 @@ class TestBrokerInTrouble:
         batch = batch_of(1_000)
         assert fragile.publish(publisher, batch).error is None
         assert set(ids_of(batch)) <= {message.id for message in fragile.read()}
-
-
-class InterruptedByTestError(Exception):
-    """What Celery's time limits look like from inside a task."""
-
-
-class Flow:
-    """A thread that publishes one batch after another until one fails."""
-
-    def __init__(self, place: Rabbit) -> None:
-        self.publisher = place.publisher()
-        self.confirmed: set[str] = set()
-        self.error: PublishError | None = None
-        self.batches = 0
-        self._place = place
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while self.error is None and self.batches < 200:
-            batch = batch_of(5_000)
-            receipt = self._place.publish(self.publisher, batch)
-            self.confirmed.update(ids_of(batch, receipt.confirmed))
-            self.error = receipt.error
-            self.batches += 1
-
-    def await_error(self, kind: type[PublishError]) -> None:
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-        assert isinstance(self.error, kind)
-
-    def join(self) -> None:
-        self._thread.join(60)
-
-    def assert_confirmed_arrived(self) -> None:
-        arrived = {message.id for message in self._place.read()}
-        assert self.confirmed
-        assert self.confirmed <= arrived
-
-
-@contextmanager
-def publishing_on(place: Rabbit) -> Iterator[Flow]:
-    flow = Flow(place)
-    try:
-        eventually(lambda: flow.batches, within=10, what="the first batch is through")
-        yield flow
-    finally:
-        flow.join()
 
 
 @contextmanager

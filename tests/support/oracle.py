@@ -83,8 +83,8 @@ class Oracle:
     _wrong_ids: list[str] = field(default_factory=list)
 
     def read_wire(self) -> None:
-        """Take in what stands in the extraction queue; RabbitMQ's messages are consumed."""
-        if self.stack.broker is None:
+        """Take in what stands in the extraction queue; messages of RabbitMQ and Kafka are consumed."""
+        if self.stack.broker is None and self.stack.kafka is None:
             # A table is only read: all of it anew.
             self._wire.clear()
         for message in self.stack.extractions():

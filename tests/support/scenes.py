@@ -106,6 +106,7 @@ class Scenes(Generic[AnyScene]):
         rabbitmq: where each has a vhost of its own.
         directories: where each has one for its processes.
         make: makes a scene of a set-up.
+        set_up: makes a set-up of a database, a vhost and a directory: set-up 2 unless another is asked for.
         settings: of its processes.
     """
 
@@ -115,11 +116,13 @@ class Scenes(Generic[AnyScene]):
         rabbitmq: RabbitMQServer,
         directories: pytest.TempPathFactory,
         make: Callable[[Stack], AnyScene],
+        set_up: Callable[..., Stack] = Stack.on_rabbitmq,
         **settings: str,
     ) -> None:
         self._servers = postgres, rabbitmq
         self._directories = directories
         self._make = make
+        self._set_up = set_up
         self._settings = settings
         self._made: list[AnyScene] = []
 
@@ -143,6 +146,6 @@ class Scenes(Generic[AnyScene]):
         postgres, rabbitmq = self._servers
         directory = self._directories.mktemp("scene")
         url = rabbitmq.vhost_url(rabbitmq.fresh_vhost())
-        stack = Stack.on_rabbitmq(postgres.create_database(directory.name), url, directory, **self._settings)
+        stack = self._set_up(postgres.create_database(directory.name), url, directory, **self._settings)
         stack.prepare()
         return stack

@@ -25,6 +25,7 @@ from psycopg.rows import dict_row
 
 from orchestrator.embedded import EmbeddedPostgres, ServerConfig
 from tests.support.application import Application, migrated
+from tests.support.kafka import KafkaServer
 from tests.support.processes import Process, eventually
 
 QUEUE: Final = "extraction_queue"
@@ -53,13 +54,17 @@ class Extraction:
 class Stack:
     """One set-up: where things are, and the processes that a test started in it.
 
-    ``database`` is a libpq connection string; ``broker`` is none where PostgreSQL carries the queues.
+    ``database`` is a libpq connection string; ``broker`` is none where PostgreSQL carries Celery's queues; ``kafka`` is
+    where extraction messages go to a topic, read up to ``positions``, by partition.
     """
 
     database: str
     broker: str | None
     env: dict[str, str]
     directory: Path
+    kafka: KafkaServer | None = None
+    topic: str = QUEUE
+    positions: dict[int, int] = field(default_factory=dict)
     processes: list[Process] = field(default_factory=list)
     _server: EmbeddedPostgres | None = None
 
@@ -67,6 +72,16 @@ class Stack:
     def on_rabbitmq(cls, database: str, broker: str, directory: Path, **settings: str) -> Self:
         """Set-up 2: PostgreSQL and RabbitMQ."""
         return cls(database, broker, _environment(settings, DATABASE_URL=database, BROKER_URL=broker), directory)
+
+    @classmethod
+    def on_kafka(
+        cls, database: str, broker: str | None, kafka: KafkaServer, topic: str, directory: Path, **settings: str
+    ) -> Self:
+        """Set-ups 3 and 4: extraction on Kafka; Celery on RabbitMQ or, where there is no broker, over PostgreSQL."""
+        places = {"DATABASE_URL": database, "EXTRACTION_URL": kafka.url, "EXTRACTION_QUEUE": topic}
+        if broker is not None:
+            places["BROKER_URL"] = broker
+        return cls(database, broker, _environment(settings, **places), directory, kafka=kafka, topic=topic)
 
     @classmethod
     def embedded(cls, directory: Path, **settings: str) -> Self:
@@ -193,13 +208,21 @@ class Stack:
     # --- The wire -------------------------------------------------------------------------------------------
 
     def declare_extraction_queue(self) -> None:
-        """Declare ``extraction_queue`` in RabbitMQ as an Extractor would that is there first."""
+        """Declare ``extraction_queue`` as an Extractor would that is there first, or create the topic."""
+        if self.kafka is not None:
+            self.kafka.create_topic(self.topic, 3)
+            return
         assert self.broker is not None
         with amqp_connection(self.broker) as connection:
             connection.channel().queue_declare(QUEUE, durable=True, auto_delete=False)
 
     def extractions(self) -> list[Extraction]:
-        """Return every message in ``extraction_queue``, in order. RabbitMQ's are consumed by this."""
+        """Return every message in ``extraction_queue``, in order. Those of RabbitMQ and Kafka are consumed by this."""
+        if self.kafka is not None:
+            return [
+                Extraction(record.headers["message_id"], json.loads(record.value), record._asdict(), record.value)
+                for record in self.kafka.records(self.topic, self.positions)
+            ]
         return self._from_postgres() if self.broker is None else drain(self.broker, QUEUE)
 
     def _from_postgres(self) -> list[Extraction]:

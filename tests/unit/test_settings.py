@@ -87,6 +87,12 @@ def test_another_file_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch, tm
         ("BROKER_URL", f"pgmq://u:{CANARY}@h/d", "pgmq:// takes no address"),
         ("EXTRACTION_URL", f"pgmq://u:{CANARY}@h/d", "pgmq:// takes no address"),
         ("EXTRACTION_QUEUE", "a.b", "at most 47 letters, digits or underscores"),
+        ("BROKER_URL", f"kafka://u:{CANARY}@h", "ORCHESTRATOR_BROKER_URL: must start with amqp://"),
+        ("EXTRACTION_URL", f"kafka://u:{CANARY}/x@h:9092", "percent-encoded"),
+        ("EXTRACTION_URL", f"kafka://u:{CANARY}@h:9092,", "cannot be read"),
+        ("EXTRACTION_URL", f"kafkas://u:{CANARY}@h:port", "cannot be read"),
+        ("EXTRACTION_URL", "kafka://h:9092/topic", "cannot be read"),
+        ("KAFKA__SASL_MECHANISM", "GSSAPI", "ORCHESTRATOR_KAFKA__SASL_MECHANISM: "),
         ("LOG__LEVEL", "LOUD", "ORCHESTRATOR_LOG__LEVEL: "),
     ],
 )
@@ -109,6 +115,17 @@ def test_a_mistake_is_one_line_that_names_the_setting(
 def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, complaint: str) -> None:
     (tmp_path / "orchestrator.toml").write_text(text)
     assert complaint in _complaint()
+
+
+@pytest.mark.parametrize(
+    "url", ["kafka://h", "kafka://h:9092,g:9093", "kafkas://u:p%40ss@[::1]:9092", f"kafka://u:{CANARY}@h/"]
+)
+def test_kafka_may_carry_extraction_alone(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    _set(monkeypatch, EXTRACTION_URL=url, EXTRACTION_QUEUE="a.b-c_1")
+    loaded = settings.load()
+    assert (loaded.broker_transport, loaded.extraction_transport) == ("pgmq", "kafka")
+    _set(monkeypatch, EXTRACTION_QUEUE="no topic")
+    assert "when it is a Kafka topic" in _complaint()
 
 
 def test_secrets_are_masked_however_they_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,8 +383,10 @@ class Queue(_Out):
     """A queue, as whoever carries it says."""
 
     name: str
-    messages: int | None = Field(description="that wait; null: it is not there, or cannot be asked")
-    consumers: int | None = Field(description="null: not known, as where PostgreSQL carries the queues")
+    messages: int | None = Field(
+        description="that wait, or that a Kafka topic keeps; null: it is not there, or cannot be asked"
+    )
+    consumers: int | None = Field(description="null: not known, as where PostgreSQL or Kafka carries the queue")
     problem: str | None = Field(description="why it is not there, or cannot be asked")
 
 

@@ -33,6 +33,8 @@ _LIMIT: Final = 10.0  # seconds
 _TAIL: Final = 12  # lines
 # What would point us, Celery or libpq at the user's real services.
 _FOREIGN: Final = (PREFIX, "CELERY_", "PG")
+# How to log in to the Kafka that a demo is given; of no effect for any other.
+_GIVEN: Final = f"{PREFIX}KAFKA__"
 
 
 class StageError(OrchestratorError):
@@ -56,7 +58,7 @@ class Stage:
         if os.geteuid() == 0:
             self.directory.chmod(0o711)  # PostgreSQL runs as another account
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        foreign = [name for name in os.environ if name.startswith(_FOREIGN)]
+        foreign = [name for name in os.environ if name.startswith(_FOREIGN) and not name.startswith(_GIVEN)]
         for name in foreign:
             del os.environ[name]
         self.hidden = [name for name in foreign if not name.startswith("PG") and name != CONFIG_VARIABLE]

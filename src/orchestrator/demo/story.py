@@ -4,6 +4,7 @@ Work is asked for as any client would, by plain Celery messages; how it goes is 
 is read from the Extractor's own tables. The last chapter compares the two.
 """
 
+import json
 import platform
 import shutil
 import sys
@@ -17,6 +18,7 @@ from uuid import UUID
 
 import celery
 import psycopg
+from pydantic import SecretStr
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -25,8 +27,9 @@ from rich.text import Text
 
 from orchestrator import __version__, bootstrap
 from orchestrator.celery_app import ANALYSIS_QUEUE, ANALYSIS_TASK, CRAWL_QUEUE, CRAWL_TASK
-from orchestrator.demo import extractor_stub, sample
+from orchestrator.demo import sample
 from orchestrator.demo.stage import Stage
+from orchestrator.demo.wire import PgmqWire, Wire
 from orchestrator.domain import TERMINAL, RunState
 from orchestrator.errors import RunNotFoundError
 from orchestrator.insights import AttemptView, FiringFilter, FiringView, RunView
@@ -43,6 +46,10 @@ _WORKERS: Final = ("worker-1", "worker-2")
 _PATIENCE: Final = 60.0  # seconds
 _CALLS: Final = 50  # of one analysis that are told
 
+_KAFKA: Final = """
+extraction_url = {url}
+extraction_queue = {topic}
+"""
 _SETTINGS: Final = """
 discovery_url = '{discovery}'
 discovery_retry_delay = 1
@@ -70,13 +77,6 @@ WHERE state = 'published' AND run_id = ANY(%s)
 _INBOX: Final[LiteralString] = """
 SELECT run_id, data_source_id, crawl_config_id FROM extractor_inbox WHERE run_id = ANY(%s)
 """
-# The Extractor archives what it took: what was on the wire, whatever the inbox made of it.
-_WIRE: Final[LiteralString] = "SELECT (message ->> 'run_id')::uuid FROM pgmq.a_extraction_queue"
-_WAITING: Final[LiteralString] = "SELECT count(*) FROM pgmq.q_extraction_queue"
-_SEND_AGAIN: Final[LiteralString] = """
-SELECT pgmq.send('extraction_queue', message, headers)
-FROM (SELECT * FROM pgmq.a_extraction_queue ORDER BY msg_id LIMIT %s) AS sent
-"""
 _STATUSES: Final[LiteralString] = """
 SELECT data_source_id, string_agg(status, ', ' ORDER BY created_at) FROM crawl_configs
 WHERE data_source_id = ANY(%s) GROUP BY data_source_id
@@ -97,19 +97,41 @@ class Story:
         discovery: address of the Discovery Service.
         sources: data sources in the sample.
         started_at: when the demo was started, on the clock of ``time.monotonic``.
+        kafka: address of a Kafka for extraction messages; none: they go to PostgreSQL.
+
+    Raises:
+        ConfigurationError: the address cannot be used.
+        PublishError: nor can what is there.
     """
 
-    def __init__(self, stage: Stage, discovery: str, sources: int, started_at: float) -> None:
+    def __init__(self, stage: Stage, discovery: str, sources: int, started_at: float, kafka: str | None = None) -> None:
         self._stage = stage
         self._sources = sources
         self._voice = _Voice(started_at)
-        stage.configure(_SETTINGS.format(discovery=discovery, batch=max(1, sources // BATCHES)))
+        topic = f"orchestrator-demo-{stage.directory.name.rpartition('-')[2]}"
+        extraction = _KAFKA.format(url=json.dumps(kafka), topic=json.dumps(topic)) if kafka else ""
+        stage.configure(extraction + _SETTINGS.format(discovery=discovery, batch=max(1, sources // BATCHES)))
         self._ours = bootstrap.services()
+        self._wire: Wire = self._topic(kafka) if kafka else PgmqWire(self._rows)
         self._client = celery.Celery("backend", broker="pgmq://")
         self._client.conf.broker_transport_options = {
             "conn_string": self._ours.database.conninfo,
             "init_extension": False,
         }
+
+    def _topic(self, kafka: str) -> Wire:
+        """Create the topic; an address that is wrong is found before anything is started."""
+        from orchestrator.demo.kafka_wire import KafkaWire  # noqa: PLC0415 -- an extra
+        from orchestrator.queues.kafka import Cluster  # noqa: PLC0415 -- the same
+
+        self._ours.publisher.check()
+        self._ours.publisher.close()
+        settings = self._ours.settings
+        return KafkaWire(Cluster.of(SecretStr(kafka), settings.kafka).configuration, settings.extraction_queue)
+
+    def close(self) -> None:
+        """Take away what the end of the stage would leave."""
+        self._wire.close()
 
     def tell(self) -> bool:
         """Tell all chapters; return whether the Extractor received exactly what it should have."""
@@ -158,13 +180,14 @@ class Story:
         self._voice.say(
             f"Task Orchestrator {__version__}, Celery {celery.__version__}, Python {platform.python_version()}"
         )
-        self._voice.say(f"PostgreSQL {version} carries the application's tables, the ledger and all queues")
+        self._voice.say(f"PostgreSQL {version} carries the application's tables, the ledger and Celery's queues")
+        self._voice.say(f"extraction messages go to {self._wire}")
         sample.create(self._connection, self._sources)
         ((tasks, configs),) = self._rows(_COUNTS)
         self._voice.say(f"sample: {tasks} crawl tasks, {self._sources:,} data sources, {configs:,} crawl configs")
         # -P: it stands alone, so it may not find by accident what lies beside it.
-        script = str(Path(extractor_stub.__file__))
-        self._stage.start("extractor", "-P", script, DATABASE_URL=self._ours.database.conninfo)
+        places = self._wire.environment | {"DATABASE_URL": self._ours.database.conninfo}
+        self._stage.start("extractor", "-P", str(self._wire.extractor), **places)
         self._stage.until(lambda: self._nodes("worker"), within=_PATIENCE, what="a worker is up")
         self._voice.say(f"{_WORKERS[0]}, the Extractor, and a Discovery Service that is slow and flaky are up")
         self._start_worker(_WORKERS[1])
@@ -288,16 +311,16 @@ class Story:
 
     def _messages_come_twice(self) -> None:
         self._voice.begin(f"{RESENT} messages come twice")
-        self._stage.until(self._drained, within=_PATIENCE, what="the Extractor has taken all messages")
-        self._rows(_SEND_AGAIN, RESENT)
+        self._stage.until(self._wire.drained, within=_PATIENCE, what="the Extractor has taken all messages")
+        self._wire.send_again(RESENT)
         self._voice.say("with the same message ids, as after a lost confirm; the Extractor's inbox knows them")
 
     def _ledger_and_extractor_agree(self, run_ids: list[UUID]) -> bool:
         self._voice.begin("The ledger, and what the Extractor really received")
-        self._stage.until(self._drained, within=_PATIENCE, what="the Extractor has taken all messages")
+        self._stage.until(self._wire.drained, within=_PATIENCE, what="the Extractor has taken all messages")
         expected, ledger, inbox = (Counter(self._rows(each, run_ids)) for each in (_EXPECTED, _LEDGER, _INBOX))
         received = Counter(run_id for run_id, *_ in inbox.elements())
-        arrived = Counter(run_id for (run_id,) in self._rows(_WIRE))
+        arrived = self._wire.arrived()
         rows = []
         for run_id in run_ids:
             view = self._ours.insights.run(run_id)
@@ -327,9 +350,6 @@ class Story:
 
     def _rows(self, statement: LiteralString, *parameters: object) -> list[Any]:
         return self._connection.execute(statement, parameters or None).fetchall()
-
-    def _drained(self) -> bool:
-        return self._rows(_WAITING) == [(0,)]
 
     def _nodes(self, kind: str) -> list[str]:
         return [node.name for node in self._ours.insights.nodes() if node.kind == kind]

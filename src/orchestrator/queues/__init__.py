@@ -1,8 +1,9 @@
 """The Publisher port: put extraction requests on ``extraction_queue``, and say which are safely there.
 
-Two real implementations: :mod:`orchestrator.queues.rabbitmq` (pipelined publisher confirms) and
+Three real implementations: :mod:`orchestrator.queues.rabbitmq` (pipelined publisher confirms),
+:mod:`orchestrator.queues.kafka` (an idempotent producer's delivery callbacks) and
 :mod:`orchestrator.queues.postgres` (PGMQ, inside the ledger's own transaction). One behavioural suite runs
-against both. A publisher knows nothing of runs' states, of the ledger or of retries.
+against all. A publisher knows nothing of runs' states, of the ledger or of retries.
 """
 
 import threading
