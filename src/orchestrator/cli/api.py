@@ -48,8 +48,8 @@ def create(
         Role.VIEWER
     ),
     days: Annotated[
-        float | None, typer.Option("--days", min=0.001, max=36_500, help="It expires after so many days.")
-    ] = None,
+        float, typer.Option("--days", min=0.001, max=36_500, help="It expires after so many days.")
+    ] = 365.0,
     as_json: AsJson = False,
 ) -> None:
     """Make a key, and show it this once."""

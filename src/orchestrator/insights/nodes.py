@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 
 from orchestrator.db import Database
 from orchestrator.schema import nodes
@@ -73,9 +73,9 @@ class NodeInsights:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def now(self) -> datetime:
+    def now(self, within: Connection | None = None) -> datetime:
         """Return what time it is in the ledger."""
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
         return moment
 

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
+    Connection,
     FromClause,
     Row,
     Select,
@@ -220,6 +221,7 @@ class ScheduleInsights:
         state: ScheduleState | None = None,
         task_id: int | None = None,
         after: tuple[datetime | None, int] | None = None,
+        within: Connection | None = None,
     ) -> list[ScheduleView]:
         """Return schedules: those that fire, by when they do next, and then those that do not, by crawl task.
 
@@ -228,9 +230,10 @@ class ScheduleInsights:
             state: in this state only.
             task_id: of this crawl task only.
             after: go on after the schedule with this ``next_fire_at`` and ``task_id``.
+            within: a transaction of the caller's to take part in.
         """
         views: list[ScheduleView] = []
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             for part in _after(_PARTS[state], after):
                 if len(views) < limit:
                     page = part if task_id is None else part.where(schedules.c.task_id == task_id)
@@ -238,13 +241,13 @@ class ScheduleInsights:
                     views += [_schedule_view(row) for row in rows]
         return views
 
-    def schedule(self, task_id: int) -> ScheduleView:
-        """Return one schedule.
+    def schedule(self, task_id: int, within: Connection | None = None) -> ScheduleView:
+        """Return one schedule, as a transaction of the caller's sees it, if there is one.
 
         Raises:
             ScheduleNotFoundError: no such crawl task has been noticed, or it was deleted.
         """
-        views = self.page_schedules(limit=1, task_id=task_id)
+        views = self.page_schedules(limit=1, task_id=task_id, within=within)
         if not views:
             raise ScheduleNotFoundError(task_id)
         return views[0]
@@ -281,7 +284,9 @@ class ScheduleInsights:
         with self._database.transaction() as connection:
             return [_firing_view(row) for row in connection.execute(statement)]
 
-    def became_of(self, task_id: int, slots: Sequence[datetime]) -> dict[datetime, FiringView]:
+    def became_of(
+        self, task_id: int, slots: Sequence[datetime], within: Connection | None = None
+    ) -> dict[datetime, FiringView]:
         """Return the record of each slot of a crawl task that has one, be it of its own or of a range."""
         moments = literal(list(slots), ARRAY(TIMESTAMP(timezone=True)))
         wanted = func.unnest(moments).table_valued(column("slot", TIMESTAMP(timezone=True))).render_derived("wanted")
@@ -295,7 +300,7 @@ class ScheduleInsights:
             .limit(1)
             .lateral("record")
         )
-        with self._database.transaction() as connection:
+        with self._database.transaction(within) as connection:
             rows = connection.execute(select(wanted.c.slot, record).join_from(wanted, record, true()))
             found = {row.slot: _firing_view(row) for row in rows}
         return {slot: record for slot, record in found.items() if record.covers(slot)}
