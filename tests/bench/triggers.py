@@ -40,7 +40,7 @@ QUEUES: Final = {ANALYSIS_TASK: "orchestrator.analysis", SEEDS_TASK: "celery"}
 _SHORTEST: Final = 0.02  # seconds that a trigger takes at least, to choose how many there are
 _FEWEST: Final = 50
 _WARM: Final = 10  # first calls of a slot whose CPU does not count: its process imports and connects
-_MOST: Final = 3_000
+_FASTEST: Final = 60  # triggers a second of a process, to choose the same
 _PATIENCE: Final = 300.0  # seconds
 
 
@@ -112,7 +112,8 @@ class Bench:
 
     def rate(self, way: "Way", latency: float, seconds: float, into: Measured) -> None:
         """Fill the queue, start the workers, and note how fast it empties."""
-        count = round(min(max(way.slots * seconds / (latency + _SHORTEST), _FEWEST), _MOST))
+        expected = min(way.slots / (latency + _SHORTEST), self.processes * _FASTEST)
+        count = max(round(seconds * expected), _FEWEST)
         self._clear()
         client = Celery("client", broker=self.stack.broker)
         for number in range(count):
