@@ -217,6 +217,7 @@ audit_events: Final = Table(
     Column("after", JSONB),
     Index("audit_events_actor_id_idx", "actor", "id"),
     Index("audit_events_action_id_idx", "action", "id"),
+    Index("audit_events_at_idx", "at"),
     Index("audit_events_run_id_idx", "run_id"),
     Index("audit_events_task_id_idx", "task_id", postgresql_where=text("task_id IS NOT NULL")),
 )

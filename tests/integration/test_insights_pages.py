@@ -277,3 +277,28 @@ def test_pages_of_the_audit_log(bench: Workbench) -> None:
     assert ids(AuditFilter(since=paused.at)) == [7]
     (canceled,) = insights.page_audit(AuditFilter(run_id=runs[0]), limit=1)
     assert (canceled.before, canceled.after) == ({"state": "queued", "error_code": None}, {"state": "canceled"})
+
+
+def test_a_window_of_the_audit_log_has_what_was_overtaken_at_its_ends(bench: Workbench) -> None:
+    insights = Insights(bench.database)
+    # Task n at second n of a quiet day: the first number came last in both pairs of transactions at once.
+    for task in (-4_000, 11, 10, 21, 20, 4_000):
+        bench.query(
+            "INSERT INTO audit_events (at, actor, action, task_id)"
+            " VALUES (%s::timestamptz + make_interval(secs => %s), 'ann', 'pause', %s)",
+            NOW,
+            task,
+            task,
+        )
+
+    def tasks(since: int | None = None, until: int | None = None) -> list[int | None]:
+        ends = [None if second is None else NOW + timedelta(seconds=second) for second in (since, until)]
+        return [view.task_id for view in insights.page_audit(AuditFilter(since=ends[0], until=ends[1]), limit=9)]
+
+    assert tasks(since=10, until=21) == [20, 10, 11]
+    assert tasks(since=11, until=22) == [20, 21, 11]
+    assert tasks(since=-60) == [4_000, 20, 21, 10, 11]
+    assert tasks(until=80) == [20, 21, 10, 11, -4_000]
+    assert tasks(since=100, until=3_000) == tasks(since=5_000) == tasks(until=-5_000) == []
+    everything = AuditFilter(since=datetime.min.replace(tzinfo=UTC), until=datetime.max.replace(tzinfo=UTC))
+    assert len(insights.page_audit(everything, limit=9)) == 6

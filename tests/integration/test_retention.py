@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -181,14 +181,69 @@ def test_one_process_at_a_time_deletes_and_nobody_waits_for_a_run_in_use(bench: 
         assert [row["id"] for row in bench.query("SELECT id FROM runs")] == [held]
 
 
+def test_a_backlog_of_many_batches_goes_evenly_and_runs_with_their_firings(bench: Workbench) -> None:
+    bench.query(
+        "INSERT INTO runs (id, kind, state, trigger, task_id, scheduled_for, traceparent, created_at, finished_at)"
+        " SELECT lpad(to_hex(n), 32, '0')::uuid, 'crawl', 'succeeded', 'schedule', n % 7, slot, 'x', slot, slot"
+        " FROM generate_series(1, 500) AS n, LATERAL (SELECT now() - make_interval(days => 31, secs => n) AS slot) AS x"
+    )
+    bench.query(
+        "INSERT INTO firings (task_id, scheduled_for, outcome, run_id, claimed_at, claimed_by)"
+        " SELECT task_id, scheduled_for, 'started', id, created_at, 'beat' FROM runs"
+    )
+    bench.query(
+        "INSERT INTO firings (task_id, scheduled_for, outcome, reason, claimed_at, claimed_by)"
+        " SELECT 8, scheduled_for, CASE WHEN task_id = 0 THEN 'missed' ELSE 'skipped' END, 'x', created_at, 'beat'"
+        " FROM runs LIMIT 250"
+    )
+    started, others = [500], [250]
+
+    more = True
+    while more:
+        more = bench.ledger.retention.forget(30, 100)
+        (left,) = bench.query(
+            "SELECT count(run_id) AS started, count(*) - count(run_id) AS others, (SELECT count(*) FROM runs) AS runs,"
+            " count(*) FILTER (WHERE run_id NOT IN (SELECT id FROM runs)) AS orphans FROM firings"
+        )
+        assert (left["started"], left["orphans"]) == (left["runs"], 0)
+        started.append(left["started"])
+        others.append(left["others"])
+
+    # A fifth of a batch are runs; the last call finds that there is nothing left.
+    assert started == [*range(500, 0, -20), 0, 0]
+    assert others[:4] == [250, 150, 50, 0]
+
+
+def test_a_slot_that_a_backfill_is_starting_is_not_forgotten_nor_waited_for(bench: Workbench) -> None:
+    slot = datetime.now(UTC).replace(microsecond=0) - timedelta(days=40)
+    bench.query("INSERT INTO schedules VALUES (1, '* * * * *', 'UTC', true, NULL, NULL, '', '* * * * *')")
+    bench.query("INSERT INTO firings VALUES (1, %s, NULL, 'missed', 'too_late', NULL, %s, 'beat')", slot, slot)
+
+    with bench.database.transaction() as connection:
+        bench.ledger.schedules.backfill(1, [slot], actor="ann", within=connection)
+        forget(bench)
+    forget(bench)
+
+    assert [row["run_id"] for row in bench.query("SELECT * FROM firings")] == [slot_run_id(1, slot)]
+
+
 def test_a_firing_stays_as_long_as_its_run(bench: Workbench) -> None:
     now = datetime.now(UTC)
     slots = {name: now - timedelta(days=days) for name, days in (("gone", 40), ("kept", 35), ("young", 20))}
-    kept = slot_run_id(1, slots["kept"])
-    bench.accept(CrawlArguments(1), run_id=kept)
-    bench.rewind(kept, 35 * DAY)
+    kept, gone = (slot_run_id(1, slots[name]) for name in ("kept", "gone"))
+    for run in (kept, gone):
+        bench.accept(CrawlArguments(1), run_id=run)
+    bench.ledger.crawls.begin(gone)
+    bench.ledger.runs.fail(gone, QueueMissingError("gone"))
+    bench.query("UPDATE runs SET scheduled_for = %s WHERE id = %s", slots["gone"], gone)
+    for run, days in ((kept, 35), (gone, 40)):
+        bench.query(
+            "UPDATE runs SET created_at = created_at - %s, finished_at = finished_at - %s WHERE id = %s",
+            *[timedelta(days=days)] * 2,
+            run,
+        )
     for slot, outcome, reason, run_id, through, claimed in (
-        (slots["gone"], "started", None, uuid4(), None, 40),
+        (slots["gone"], "started", None, gone, None, 40),
         (slots["kept"], "started", None, kept, None, 35),
         (slots["young"], "skipped", "overlap", None, None, 20),
         (now - timedelta(days=50), "skipped", "paused", None, slots["young"], 50),

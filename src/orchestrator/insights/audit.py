@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, func, literal, literal_column, select
 
 from orchestrator.db import Database
 from orchestrator.schema import audit_events
@@ -49,6 +49,11 @@ class AuditFilter:
 
 
 _COLUMNS: Final = [audit_events.c[name] for name in AuditView.__dataclass_fields__]
+_MARGIN: Final = timedelta(minutes=1)
+"""By how much numbers and moments may differ in order: transactions overtake each other, and clocks are corrected."""
+_LAST_ID: Final = 2**63 - 1
+# No index has this sum: the window is found by its ends, and never by sorting all of it where statistics are old.
+_at: Final[ColumnElement[datetime]] = audit_events.c.at + literal_column("interval '0'")
 
 
 class AuditInsights:
@@ -74,10 +79,29 @@ class AuditInsights:
             if (value := getattr(wanted, name)) is not None:
                 statement = statement.where(audit_events.c[name] == value)
         if wanted.since is not None:
-            statement = statement.where(audit_events.c.at >= wanted.since)
+            statement = statement.where(_at >= wanted.since, audit_events.c.id > _last_before(wanted.since))
         if wanted.until is not None:
-            statement = statement.where(audit_events.c.at < wanted.until)
+            statement = statement.where(_at < wanted.until, audit_events.c.id < _first_after(wanted.until))
         if after is not None:
             statement = statement.where(audit_events.c.id < after)
         with self._database.transaction() as connection:
             return [AuditView(*row) for row in connection.execute(statement)]
+
+
+# Ids are in the order of moments but for the margin: of two actions that are further apart the later has the higher id.
+# So those of a window are between these two, however few they are and whatever overtook what at its ends.
+
+
+def _last_before(moment: datetime) -> ColumnElement[int]:
+    """Return the id of the last action that is before a moment by more than the margin, or one before all."""
+    # The database subtracts: it knows moments before the first and after the last one of Python.
+    before = audit_events.c.at < literal(moment, audit_events.c.at.type) - _MARGIN
+    last = select(audit_events.c.id).where(before).order_by(audit_events.c.at.desc()).limit(1)
+    return func.coalesce(last.scalar_subquery(), 0)
+
+
+def _first_after(moment: datetime) -> ColumnElement[int]:
+    """Return the id of the first action that is after a moment by the margin or more, or one after all."""
+    later = audit_events.c.at >= literal(moment, audit_events.c.at.type) + _MARGIN
+    first = select(audit_events.c.id).where(later).order_by(audit_events.c.at).limit(1)
+    return func.coalesce(first.scalar_subquery(), _LAST_ID)

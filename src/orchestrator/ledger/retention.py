@@ -1,7 +1,8 @@
 """Forgetting: what is over and old is deleted, in bounded batches and short transactions.
 
-A run goes last, after its dispatches and events, by a transaction that has it locked. So whoever dies in between leaves
-rows that have their run, and the next round finds them by it. Nothing unfinished is deleted, nor what belongs to it.
+A run goes last, after its dispatches and events and with its firing, by a transaction that has it locked. So whoever
+dies in between leaves rows that have their run, and the next round finds them by it. Nothing unfinished is deleted, nor
+what belongs to it. A batch costs the same however much there is to delete.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +18,11 @@ from sqlalchemy import (
     Table,
     Uuid,
     delete,
-    exists,
     func,
     literal,
     literal_column,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -77,10 +78,9 @@ class RetentionLedger:
         steps: list[tuple[str, Callable[[Connection], _Deleted]]] = [("api_requests", partial(_requests, batch=batch))]
         if days is not None:
             age = timedelta(days=days)
-            # Firings after the runs: one is kept for as long as its run.
             parts = (
                 ("runs", _runs),
-                ("firings", _firings),
+                ("firings", _unstarted),
                 ("schedule_history", _readings),
                 ("audit_events", _actions),
             )
@@ -104,7 +104,7 @@ def _requests(connection: Connection, *, batch: int) -> _Deleted:
 
 
 def _runs(connection: Connection, *, age: timedelta, batch: int) -> _Deleted:
-    """Delete dispatches and events of the oldest runs, and then those runs, unless it is too much for one batch."""
+    """Delete dispatches and events of the oldest runs, then those runs and their firings, if one batch is enough."""
     most = max(1, batch // _RUNS_OF_A_BATCH)
     oldest = connection.scalars(
         select(runs.c.id)
@@ -130,21 +130,35 @@ def _runs(connection: Connection, *, age: timedelta, batch: int) -> _Deleted:
                 update(runs).where(runs.c.id == func.any(_array(oldest)), revivable).values(forgotten_at=clock)
             )
             return _Deleted(rows, more=True)
+    # A firing is kept for as long as its run, and found by it: to look for those whose run is gone takes all of them.
+    rows += _delete(connection, firings, _firings_of(oldest), batch).rows
     # Their attempts go with them.
     rows += connection.execute(delete(runs).where(runs.c.id == func.any(_array(oldest)))).rowcount
     return _Deleted(rows, more=len(oldest) == most)
 
 
-def _firings(connection: Connection, *, age: timedelta, batch: int) -> _Deleted:
-    # Backfills and late beats write about slots long past.
+def _firings_of(run_ids: Sequence[UUID]) -> Select[Any]:
+    """Select where the firings of runs are: one look-up a run, whatever the planner believes of so many."""
+    slot = (firings.c.task_id == runs.c.task_id) & (firings.c.scheduled_for == runs.c.scheduled_for)
+    place = select(_place).select_from(firings).where(slot, firings.c.run_id == runs.c.id).scalar_subquery()
+    return select(place).where(runs.c.id == func.any(_array(run_ids)), runs.c.scheduled_for.is_not(None))
+
+
+def _unstarted(connection: Connection, *, age: timedelta, batch: int) -> _Deleted:
+    """Delete what is recorded of slots that started nothing, one by one or in ranges."""
     old = (
         select(_place)
         .select_from(firings)
+        # Word for word, so that it implies the condition of the index that has these alone.
+        .where(literal_column("outcome IN ('missed', 'skipped')", type_=true().type))
+        # Backfills and late beats write about slots long past.
         .where(firings.c.scheduled_for < now - age, firings.c.claimed_at < now - age)
         .where(func.coalesce(firings.c.through, firings.c.scheduled_for) < now - age)
-        .where(firings.c.run_id.is_(None) | ~exists().where(runs.c.id == firings.c.run_id))
+        .order_by(firings.c.outcome, firings.c.scheduled_for)
+        # A backfill that has one of them locked makes it one that started.
+        .with_for_update(skip_locked=True)
     )
-    return _delete(connection, firings, old.order_by(firings.c.scheduled_for), batch)
+    return _delete(connection, firings, old, batch)
 
 
 def _readings(connection: Connection, *, age: timedelta, batch: int) -> _Deleted:

@@ -77,6 +77,7 @@ def upgrade() -> None:
     op.create_index(
         "audit_events_actor_id_idx", "audit_events", ["actor", "id"], unique=False, schema=schema, if_not_exists=True
     )
+    op.create_index("audit_events_at_idx", "audit_events", ["at"], unique=False, schema=schema, if_not_exists=True)
     op.create_index(
         "dispatches_source_idx",
         "dispatches",
