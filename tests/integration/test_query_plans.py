@@ -164,7 +164,7 @@ def test_the_pulse_looks_at_nothing_when_nothing_is_due(bench: Workbench) -> Non
 
 
 def test_the_pulse_finds_canceled_runs_among_what_is_due(bench: Workbench) -> None:
-    explained = Explained(bench, lambda: bench.ledger.runs.skip_canceled())
+    explained = Explained(bench, bench.ledger.runs.skip_canceled)
 
     explained.assert_by("runs", "runs_wake_at_idx", looked_at=DUE)
 

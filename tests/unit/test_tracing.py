@@ -133,7 +133,11 @@ def test_threads_that_come_first_together_share_one_exporter(monkeypatch: pytest
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(tracing, "_provider", provider)
     flushed: list[TracerProvider] = []
-    monkeypatch.setattr(TracerProvider, "force_flush", lambda provider: flushed.append(provider))
+
+    def force_flush(self: TracerProvider) -> None:
+        flushed.append(self)
+
+    monkeypatch.setattr(TracerProvider, "force_flush", force_flush)
     barrier = threading.Barrier(8)
 
     def work(_: int) -> None:
