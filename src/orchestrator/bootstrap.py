@@ -66,9 +66,10 @@ class Services:
             return Health("it is stopping" if stopping() else attendance.problem or idle, watch.degraded)
 
         kept = self.settings.retention
-        # Not by beats, whose ticks would wait for it.
+        # Neither by beats, whose ticks would wait for it.
+        skip = self.ledger.runs.skip_canceled
         forget = partial(self.ledger.retention.forget, kept.days, kept.batch)
-        return Pulse(self.ledger, self.sender.wake, node, health=health, forget=forget), watch
+        return Pulse(self.ledger, self.sender.wake, node, health=health, skip=skip, forget=forget), watch
 
     def beat(self, node: Node) -> tuple[FiringEngine, Pulse, BrokerWatch]:
         """Make what a beat does each tick; its heartbeats say what keeps schedules from firing."""

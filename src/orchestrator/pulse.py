@@ -1,6 +1,6 @@
 """The pulse: about once a second, in every worker and every beat, wake what is due and show a sign of life.
 
-Workers also delete, about once a minute, what is over and old.
+Workers also skip what is left of canceled runs, and delete, about once a minute, what is over and old.
 
 One maintenance loop, one file. One process at a time does the waking (an advisory lock in the ledger);
 which one does not matter, so workers alone heal themselves. It asks for no proof of death: a spurious
@@ -23,6 +23,7 @@ PERIOD: Final = 1.0  # seconds
 HEARTBEAT: Final = 5.0  # seconds
 BATCH: Final = 200
 _ROUND: Final = 5.0  # seconds; a long list of due runs leaves room for the heartbeat
+_SKIPPING: Final = 1.0  # seconds of a round that rows of canceled runs take; what is left is for the next one
 _FORGETTING: Final = 60.0  # seconds between looks for what is old
 _FORGETTING_ROUND: Final = 0.5  # seconds of a round that it takes; what is left is for the next one
 _LONGEST_PAUSE: Final = 10.0  # seconds between tries while the database or the broker is down
@@ -40,6 +41,7 @@ class Pulse:
         health: tells how the node is; written with its heartbeat.
         heartbeat: seconds between heartbeats.
         stopping: tells that a round should end at the next opportunity.
+        skip: skips a batch of canceled runs' rows, and tells whether there may be more; none: others do.
         forget: deletes a batch of what is old, and tells whether there is more; none: others do.
     """
 
@@ -52,6 +54,7 @@ class Pulse:
         health: Callable[[], Health] = Health,
         heartbeat: float = HEARTBEAT,
         stopping: Callable[[], bool] = lambda: False,
+        skip: Callable[[], bool] | None = None,
         forget: Callable[[], bool] | None = None,
     ) -> None:
         self._ledger = ledger
@@ -60,6 +63,7 @@ class Pulse:
         self._health = health
         self._heartbeat = heartbeat
         self._stopping = stopping
+        self._skip = skip
         self._forget = forget
         self._forget_at = 0.0
         self._seen_at = 0.0
@@ -73,7 +77,11 @@ class Pulse:
             # However long waking pauses: a node that waits for its broker is alive.
             self._show_life()
             if monotonic() >= self._wake_at:
-                self._wake()
+                try:
+                    self._wake()
+                finally:
+                    # A broker that is away is no reason to keep the rows of what was canceled for it.
+                    self._skip_some()
                 self._failures = 0
                 self._forget_some()
         except TransientError as error:
@@ -113,6 +121,13 @@ class Pulse:
         while count := self._ledger.runs.wake_due(self._enqueue, BATCH):
             _log.info(Event.PULSE_WOKE, count=count)
             if count < BATCH or monotonic() > deadline or self._stopping():
+                return
+
+    def _skip_some(self) -> None:
+        """Skip rows of canceled runs for a moment, however many there are: the next round wakes and shows life."""
+        deadline = monotonic() + _SKIPPING
+        while self._skip is not None and self._skip() and not self._stopping():
+            if monotonic() > deadline:
                 return
 
     def _forget_some(self) -> None:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
@@ -79,7 +78,8 @@ def span(name: str, kind: SpanKind, traceparent: str, attributes: Attributes) ->
         traceparent: of the run; the parent, unless a span of the same trace is in force.
         attributes: of OpenTelemetry's semantic conventions.
     """
-    if _enabled is None:
+    exporting = _enabled
+    if exporting is None:
         yield Span(traceparent)
         return
     from opentelemetry import trace  # noqa: PLC0415 -- who is not traced does not wait for it
@@ -90,7 +90,7 @@ def span(name: str, kind: SpanKind, traceparent: str, attributes: Attributes) ->
     if not (current.is_valid and f"{current.trace_id:032x}" == traceparent[3:35]):
         inherited = TraceContextTextMapPropagator().extract({"traceparent": traceparent})
     # Not the exception's text: it may be anybody's.
-    with _tracer().start_as_current_span(
+    with exporting.tracer.start_as_current_span(
         name,
         inherited,
         trace.SpanKind[kind.value],
@@ -117,17 +117,20 @@ class _Exporting:
 
     def __init__(self, provider: "TracerProvider | None" = None) -> None:
         self._provider = provider
+        self._tracer: Tracer | None = None
+        self._making = threading.Lock()
 
     @property
-    def provider(self) -> "TracerProvider":
-        """The SDK's provider, made on first use."""
-        if self._provider is None:
-            self._provider = _provider()
-        return self._provider
-
-    def forget(self) -> None:
-        """Have a forked child make its own: threads and sockets are not shared."""
-        self._provider = None
+    def tracer(self) -> "Tracer":
+        """What makes spans; it and the SDK's provider are made on first use, once, however many threads come first."""
+        if (tracer := self._tracer) is not None:
+            return tracer
+        with self._making:
+            if self._provider is None:
+                self._provider = _provider()
+            if self._tracer is None:
+                self._tracer = self._provider.get_tracer("orchestrator", __version__)
+            return self._tracer
 
     def flush(self) -> None:
         """Export what is left, for as long as one can wait for a collector that is away."""
@@ -154,7 +157,6 @@ def use(provider: "TracerProvider | None") -> None:
     """Make spans with this provider of OpenTelemetry's SDK from now on; none: make no more."""
     global _enabled  # noqa: PLW0603 -- see above
     _enabled = None if provider is None else _Exporting(provider)
-    _tracer.cache_clear()
 
 
 def flush() -> None:
@@ -167,12 +169,6 @@ def _is_wanted() -> bool:
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
         return False
     return any(os.environ.get(name) for name in _ENDPOINTS)
-
-
-@cache
-def _tracer() -> "Tracer":
-    assert _enabled is not None  # noqa: S101 -- for the type checker
-    return _enabled.provider.get_tracer("orchestrator", __version__)
 
 
 def _provider() -> "TracerProvider":
@@ -189,9 +185,10 @@ def _provider() -> "TracerProvider":
 
 
 def _after_fork() -> None:
+    """Have a forked child make its own: threads and sockets are not shared, and a thread may have held the lock."""
+    global _enabled  # noqa: PLW0603 -- see above
     if _enabled is not None:
-        _enabled.forget()
-        _tracer.cache_clear()
+        _enabled = _Exporting()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import Connection
+from structlog.testing import capture_logs
 
 from orchestrator.discovery import Answer, AnswerCode
 from orchestrator.dispatch import Help
@@ -47,8 +48,9 @@ from orchestrator.errors import (
     RunNotFoundError,
 )
 from orchestrator.ledger.crawls import MAX_STALLS
-from orchestrator.ledger.runs import LONGEST_SILENCE
+from orchestrator.ledger.runs import LONGEST_SILENCE, SKIP_BATCH
 from orchestrator.ledger.transitions import SILENCE
+from orchestrator.pulse import Pulse
 from orchestrator.queues import Publisher, Receipt
 from tests.support.ledgers import LEASE, NODE, Workbench, sources_of
 from tests.support.processes import eventually
@@ -726,6 +728,27 @@ def test_progress_forgives_deliveries_without_progress(bench: Workbench) -> None
 # --- Canceling ---------------------------------------------------------------------------------------------
 
 
+def cancel_by_api(bench: Workbench, run_id: UUID) -> None:
+    with bench.database.transaction() as connection:
+        bench.ledger.runs.cancel(run_id, actor="tester", within=connection)
+
+
+def pulse_of(bench: Workbench, *, before: Callable[[], object] = lambda: None) -> Pulse:
+    """Make a worker's pulse, and have something happen before it sends wake-ups."""
+
+    def send(wake_ups: Sequence[WakeUp]) -> None:
+        before()
+        bench.woken.extend(wake_ups)
+
+    return Pulse(bench.ledger, send, lambda: Node(NODE, "worker"), skip=bench.ledger.runs.skip_canceled)
+
+
+def pending_of(bench: Workbench) -> int:
+    (row,) = bench.query("SELECT count(*) FROM dispatches WHERE state = 'pending'")
+    count: int = row["count"]
+    return count
+
+
 def test_cancel_skips_what_nobody_publishes_and_leaves_the_batch_in_flight(bench: Workbench) -> None:
     run_id = bench.planned(5)
 
@@ -759,6 +782,108 @@ def test_the_pulse_skips_what_a_batch_rolled_back_after_the_cancel(bench: Workbe
 
     assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 0, "skipped": 5}
     assert bench.run(run_id)["wake_at"] is None
+
+
+def test_a_cancel_in_a_transaction_of_the_callers_is_told_once_that_is_committed(bench: Workbench) -> None:
+    run_id = bench.planned(5)
+
+    def cancel(*, fails: bool) -> None:
+        with bench.database.transaction() as connection:
+            bench.ledger.runs.cancel(run_id, actor="tester", within=connection)
+            assert logs == []
+            if fails:
+                raise ZeroDivisionError
+
+    with capture_logs() as logs:
+        with suppress(ZeroDivisionError):
+            cancel(fails=True)
+        assert (bench.state(run_id), logs) == (RunState.RUNNING, [])
+        cancel(fails=False)
+
+    assert [(line["event"], line["run_id"], line["actor"]) for line in logs] == [
+        ("run.canceled", str(run_id), "tester")
+    ]
+    # Only the pulse skips these, for they may be many.
+    assert bench.assert_adds_up(run_id) == {"pending": 5, "published": 0, "skipped": 0}
+    assert bench.wake() == []
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 0, "skipped": 5}
+
+
+def test_a_big_canceled_run_is_skipped_entirely_by_a_few_rounds_of_the_pulse(bench: Workbench) -> None:
+    run_id = bench.planned(6 * SKIP_BATCH)
+    pulse = pulse_of(bench)
+
+    with bench.ledger.crawls.pending_batch(run_id, limit=1_000, after=0) as batch:
+        cancel_by_api(bench, run_id)
+        rounds = 0
+        while bench.run(run_id)["skipped"] < 6 * SKIP_BATCH - 1_000:
+            pulse.once()
+            rounds += 1
+        assert rounds <= 10
+        assert bench.assert_adds_up(run_id)["pending"] == 1_000
+        assert batch.mark(sources_of(batch)) is RunState.CANCELED
+
+    bench.rewind(run_id, 3)
+    pulse.once()
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 1_000, "skipped": 6 * SKIP_BATCH - 1_000}
+    assert bench.run(run_id)["wake_at"] is None
+
+
+def test_many_canceled_runs_do_not_hold_up_the_wake_ups_of_others(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canceled = [bench.planned(3) for _ in range(30)]
+    for run_id in canceled:
+        cancel_by_api(bench, run_id)
+        bench.rewind(run_id, 60)
+    due = bench.accept(delivered=False)
+    bench.rewind(due, 3)
+    monkeypatch.setattr("orchestrator.pulse.BATCH", 10)
+    monkeypatch.setattr("orchestrator.pulse._SKIPPING", 0.0)
+
+    pending: list[int] = []
+    pulse = pulse_of(bench, before=lambda: pending.append(pending_of(bench)))
+    pulse.once()
+
+    # All were due before it, it was woken before any of them was looked at, and the round took as long as it may.
+    assert [wake_up.run_id for wake_up in bench.woken] == [due]
+    assert pending == [90]
+    assert pending_of(bench) == 87
+    monkeypatch.undo()
+    pulse.once()
+    assert pending_of(bench) == 0
+
+
+def test_canceled_runs_are_skipped_while_the_broker_is_away(bench: Workbench) -> None:
+    run_id = bench.planned(3)
+    cancel_by_api(bench, run_id)
+    bench.rewind(bench.accept(delivered=False), 3)
+
+    def refuse() -> None:
+        raise DOWN
+
+    pulse_of(bench, before=refuse).once()
+
+    assert bench.assert_adds_up(run_id) == {"pending": 0, "published": 0, "skipped": 3}
+
+
+def test_a_canceled_run_that_somebody_has_locked_is_passed_over_and_one_process_at_a_time_skips(
+    bench: Workbench,
+) -> None:
+    held, free = bench.planned(3), bench.planned(3)
+    for run_id in (held, free):
+        cancel_by_api(bench, run_id)
+
+    with psycopg.connect(bench.url) as first:
+        first.execute("SELECT pg_advisory_xact_lock(hashtextextended('orchestrator:orchestrator:skip', 0))")
+        assert not bench.ledger.runs.skip_canceled()
+    with psycopg.connect(bench.url) as connection:
+        connection.execute("SELECT 1 FROM orchestrator.runs WHERE id = %s FOR UPDATE", [held])
+        assert [bench.ledger.runs.skip_canceled() for _ in range(2)] == [True, False]
+        assert bench.assert_adds_up(free)["skipped"] == 3
+
+    assert [bench.ledger.runs.skip_canceled() for _ in range(2)] == [True, False]
+    assert bench.assert_adds_up(held)["skipped"] == 3
 
 
 def test_an_engine_stops_at_the_batch_during_which_its_run_was_canceled(bench: Workbench) -> None:

@@ -383,8 +383,7 @@ class LifeCycles(RuleBasedStateMachine):
         world = self.world
         if not world.letters:
             world.pass_time(_A_SILENCE)
-            world.pulse(_TO_THE_END)
-            self.all_is_as_it_should_be()
+            self._pulse(_TO_THE_END)
         if not world.letters:
             self.client_sends(WORK[which % len(WORK)], which if self._enough() else None, late=False)
         return world.letters.pop(which % len(world.letters))
@@ -400,7 +399,14 @@ class LifeCycles(RuleBasedStateMachine):
     def time_passes_and_the_pulse_wakes(self, seconds: int, stretch: Stretch) -> None:
         if seconds:
             self.world.pass_time(seconds)
+        self._pulse(stretch)
+
+    def _pulse(self, stretch: Stretch) -> None:
+        """Have the pulse do a round."""
         self.world.pulse(stretch)
+        self.all_is_as_it_should_be()
+        self.world.skip(stretch)
+        self.all_is_as_it_should_be()
 
     # --- What goes wrong ---
 
@@ -507,8 +513,7 @@ class LifeCycles(RuleBasedStateMachine):
         world = self.world
         for _ in range(_ROUNDS):
             world.pass_time(LONGEST_SILENCE + 1)
-            world.pulse(_TO_THE_END)
-            self.all_is_as_it_should_be()
+            self._pulse(_TO_THE_END)
             deliveries = 0
             while world.letters:
                 deliveries += 1

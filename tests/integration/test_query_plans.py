@@ -205,6 +205,12 @@ def test_the_pulse_looks_at_nothing_when_nothing_is_due(bench: Workbench) -> Non
     explained.assert_by("runs", "runs_wake_at_idx", looked_at=DUE)
 
 
+def test_the_pulse_finds_canceled_runs_among_what_is_due(bench: Workbench) -> None:
+    explained = Explained(bench, bench.ledger.runs.skip_canceled)
+
+    explained.assert_by("runs", "runs_wake_at_idx", looked_at=DUE)
+
+
 def test_the_next_run_that_waits_for_a_call_is_found_by_its_index(bench: Workbench) -> None:
     explained = Explained(bench, bench.ledger.analyses.next_waiting)
 

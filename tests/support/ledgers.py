@@ -155,9 +155,11 @@ class Workbench:
         return attempt if isinstance(attempt, Attempt) else None
 
     def wake(self, limit: int = 1_000) -> list[UUID]:
-        """Do one round of the pulse; return which runs it woke."""
+        """Do one round of the pulse, and as long as there are rows to skip; return which runs it woke."""
         self.woken.clear()
         assert self.ledger.runs.wake_due(self.woken.extend, limit) is not None
+        while self.ledger.runs.skip_canceled():
+            pass
         return [wake_up.run_id for wake_up in self.woken]
 
     # --- Time ----------------------------------------------------------------------------------------------

@@ -424,13 +424,23 @@ class World:
         self.start("worker", work, stretch, letter)
 
     def pulse(self, stretch: Stretch) -> None:
-        """Have the pulse do a round."""
+        """Have the pulse wake what is due."""
 
         def work() -> None:
             with suppress(PublishError), ends_unheard():
                 self.ledger.runs.wake_due(self.ours.sender.wake, 100)
 
         self.start("pulse", work, stretch)
+
+    def skip(self, stretch: Stretch) -> None:
+        """Have the pulse skip what is left of canceled runs; what it does before has no part in that."""
+
+        def work() -> None:
+            with ends_unheard():
+                while self.ledger.runs.skip_canceled():
+                    pass
+
+        self.start("skip", work, stretch)
 
     def order(self, run_id: UUID, arguments: Arguments, stretch: Stretch) -> None:
         """Have the command line start a run."""

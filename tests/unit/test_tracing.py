@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 from uuid import UUID
 
 import pytest
@@ -117,6 +120,41 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
 """
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, env={})
     assert done.stdout == "[]\n"
+
+
+def test_threads_that_come_first_together_share_one_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[TracerProvider] = []
+
+    def provider() -> TracerProvider:
+        sleep(0.05)  # all the others come meanwhile
+        made.append(TracerProvider(shutdown_on_exit=False))
+        return made[-1]
+
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(tracing, "_provider", provider)
+    flushed: list[TracerProvider] = []
+
+    def force_flush(self: TracerProvider) -> None:
+        flushed.append(self)
+
+    monkeypatch.setattr(TracerProvider, "force_flush", force_flush)
+    barrier = threading.Barrier(8)
+
+    def work(_: int) -> None:
+        barrier.wait()
+        with span("process x", SpanKind.CONSUMER, CALLER, {}):
+            pass
+
+    tracing.enable()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+        tracing.flush()
+    finally:
+        tracing.use(None)
+
+    assert len(made) == 1
+    assert flushed == made
 
 
 def test_a_collector_without_the_extra_is_told_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,19 +52,24 @@ class Waker:
 
     def wake(self, wake_ups: Sequence[WakeUp]) -> None:
         """Have wake-ups of committed runs sent soon."""
-        for wake_up in wake_ups:
-            self._put(wake_up)
+        self._put(wake_ups)
 
     def wake_together(self, unsent: Unsent) -> None:
         """Have the wake-ups of runs that were committed together sent soon."""
         if unsent.batch is not None:
-            self._put(unsent)
+            self._put([unsent])
 
-    def _put(self, item: WakeUp | Unsent) -> None:
-        try:
-            self._waiting.put_nowait(item)
-        except queue.Full:
-            _log.warning(Event.WAKE_UP_FAILED, code="waker_full", error="too many runs wait to be enqueued here")
+    def _put(self, items: Sequence[WakeUp | Unsent]) -> None:
+        """Have items wait; of those that there is no room for one line tells, for a request may have a thousand."""
+        left = 0
+        for item in items:
+            try:
+                self._waiting.put_nowait(item)
+            except queue.Full:
+                left += 1 if isinstance(item, WakeUp) else len(item.wake_ups)
+        if left:
+            error = "too many runs wait to be enqueued here"
+            _log.warning(Event.WAKE_UP_FAILED, code="waker_full", error=error, count=left)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, cast
 from uuid import UUID, uuid4
 
-from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, case, delete, exists, func, insert, select, update
 
 from orchestrator.db import Database, after_commit
 from orchestrator.domain import (
@@ -32,7 +32,6 @@ from orchestrator.ledger.transitions import (
     ENQUEUE_GRACE,
     SILENCE,
     announce,
-    anything_pending,
     arguments_of,
     backoff,
     clock,
@@ -211,7 +210,8 @@ class RunLedger:
             run_id: the run.
             actor: who asks.
             reason: why.
-            within: a transaction of the caller's; the rows are then left to the pulse, for they may be many.
+            within: a transaction of the caller's; the rows are then left to the pulse (:meth:`skip_canceled`), for
+                they may be many.
 
         Raises:
             RunNotFoundError: there is no such run.
@@ -225,14 +225,27 @@ class RunLedger:
                 raise illegal(before, "canceled")
             _audit(connection, actor, "cancel", before, RunState.CANCELED, reason)
             after_commit(connection, partial(announce, run))
-        # In short transactions: workers in mid-batch wait for the run's row, with confirmed messages in hand.
-        skipped = 0
-        while within is None and (count := self._skip_some(run_id)):
-            skipped += count
-        _log.info(Event.RUN_CANCELED, run_id=str(run_id), actor=actor, skipped=skipped)
+            after_commit(connection, partial(_log.info, Event.RUN_CANCELED, run_id=str(run_id), actor=actor))
+        while within is None and self._skip_some(run_id):
+            pass
 
-    def _skip_some(self, run_id: UUID) -> int:
+    def skip_canceled(self) -> bool:
+        """Skip some rows of the canceled run that has been due for longest; one process at a time does.
+
+        Of a run with more rows than a batch the rest is due at once, after the others; rows that somebody is publishing
+        are passed over and looked at again a little later.
+
+        Returns:
+            whether there may be more to skip that this process may.
+        """
+        return self._skip_some() is not None
+
+    def _skip_some(self, run_id: UUID | None = None) -> int | None:
+        """Skip a batch of a run's rows, or of the one that is due; return how many, none where no run is due."""
+        # In short transactions: workers in mid-batch wait for the run's row, with confirmed messages in hand.
         with self._database.transaction() as connection:
+            if run_id is None and (run_id := _canceled_due(connection, self._database.schema)) is None:
+                return None
             skipped = _skip_pending(connection, run_id)
         DISPATCHES.add(DispatchState.SKIPPED, times=skipped)
         return skipped
@@ -316,6 +329,8 @@ class RunLedger:
     def wake_due(self, enqueue: Callable[[Sequence[WakeUp]], None], limit: int) -> int | None:
         """Enqueue a wake-up for each run that is due, oldest first; one process at a time looks for them.
 
+        Not for canceled ones, which nothing is to wake for: see :meth:`skip_canceled`.
+
         No lock is held while the broker is spoken to. When ``enqueue`` raises, the runs are due again at once;
         a crash before that costs them one silence.
 
@@ -360,8 +375,6 @@ class _Due:
     late: Counter[str] = field(default_factory=Counter)
     """By their state, those of ``waking`` that no wait of theirs explains."""
     completed: list[Row[Any]] = field(default_factory=list)
-    skipped: int = 0
-    """Dispatches of canceled runs."""
 
     def measure(self) -> None:
         """Count and log what was committed."""
@@ -370,7 +383,6 @@ class _Due:
         SWEEPER_CORRECTIONS.add(RunState.RUNNING, RunState.SUCCEEDED, times=len(self.completed))
         for run in self.completed:
             announce(run)
-        DISPATCHES.add(DispatchState.SKIPPED, times=self.skipped)
 
 
 # --- Parts of transactions ---------------------------------------------------------------------------------
@@ -416,6 +428,22 @@ def _take_over_unsent(connection: Connection) -> None:
         )
 
 
+def _canceled_due(connection: Connection, schema: str) -> UUID | None:
+    """Return the canceled run that has been due for longest, locked; none if there is none, or another looks."""
+    if not connection.scalar(select(func.pg_try_advisory_xact_lock(lock_key(schema, "skip")))):
+        return None
+    run_id: UUID | None = connection.scalar(
+        select(runs.c.id)
+        # Not "is canceled": of runs in a state there is an index, which leads through the whole history.
+        .where(runs.c.wake_at <= now, runs.c.state.not_in(UNFINISHED))
+        .order_by(runs.c.wake_at)
+        .limit(1)
+        # A frozen worker may have the row: the pulse must not wait for that.
+        .with_for_update(skip_locked=True)
+    )
+    return run_id
+
+
 def _skip_pending(connection: Connection, run_id: UUID) -> int:
     """Skip some of a canceled run's pending rows that nobody is publishing; keep its wake-up while any are left."""
     unlocked = (
@@ -430,11 +458,14 @@ def _skip_pending(connection: Connection, run_id: UUID) -> int:
         .where(dispatches.c.run_id == run_id, dispatches.c.data_source_id == unlocked.c.data_source_id)
         .values(state=DispatchState.SKIPPED.value, reason=SkipReason.RUN_CANCELED.value)
     ).rowcount
-    left = connection.scalar(select(anything_pending(run_id)))
+    # By the counts, for who looks for a pending row comes by all that are none.
+    left = runs.c.published + runs.c.skipped + skipped < runs.c.total
+    # Less than a batch: the others are in flight.
+    again_at = clock if skipped == SKIP_BATCH else from_now(ENQUEUE_GRACE)
     connection.execute(
         update(runs)
         .where(runs.c.id == run_id)
-        .values(skipped=runs.c.skipped + skipped, wake_at=from_now(ENQUEUE_GRACE) if left else None)
+        .values(skipped=runs.c.skipped + skipped, wake_at=case((left, again_at), else_=None))
     )
     return skipped
 
@@ -443,7 +474,7 @@ def _claim_due(connection: Connection, limit: int) -> _Due:
     """Take what is due; return also the wake-ups to send, each not due again for a while."""
     due = connection.execute(
         select(runs)
-        .where(runs.c.wake_at <= now)
+        .where(runs.c.wake_at <= now, runs.c.state != RunState.CANCELED)
         .order_by(runs.c.wake_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -451,13 +482,10 @@ def _claim_due(connection: Connection, limit: int) -> _Due:
     taken = _Due(len(due))
     waking = []
     for run in due:
-        if run.state == RunState.CANCELED:
-            taken.skipped += _skip_pending(connection, run.id)
-        elif run.state in UNFINISHED:
-            if (completed := _complete_if_done(connection, run)) is not None:
-                taken.completed.append(completed)
-            else:
-                waking.append(run)
+        if (completed := _complete_if_done(connection, run)) is not None:
+            taken.completed.append(completed)
+        else:
+            waking.append(run)
     if not waking:
         return taken
     claimed = connection.execute(
