@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, cast
 from uuid import UUID, uuid4
 
-from sqlalchemy import Connection, Row, case, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, case, delete, exists, func, insert, literal, select, update
 
 from orchestrator.db import Database, after_commit
 from orchestrator.domain import (
@@ -446,18 +446,12 @@ def _canceled_due(connection: Connection, schema: str) -> UUID | None:
 
 def _skip_pending(connection: Connection, run_id: UUID) -> int:
     """Skip some of a canceled run's pending rows that nobody is publishing; keep its wake-up while any are left."""
-    unlocked = (
-        select(dispatches.c.data_source_id)
-        .where(dispatches.c.run_id == run_id, dispatches.c.state == DispatchState.PENDING)
-        .limit(SKIP_BATCH)
-        .with_for_update(skip_locked=True)
-        .cte("unlocked")
-    )
-    skipped = connection.execute(
-        update(dispatches)
-        .where(dispatches.c.run_id == run_id, dispatches.c.data_source_id == unlocked.c.data_source_id)
-        .values(state=DispatchState.SKIPPED.value, reason=SkipReason.RUN_CANCELED.value)
-    ).rowcount
+    ours = (dispatches.c.run_id == run_id, dispatches.c.reason == SkipReason.RUN_CANCELED.value)
+    last = connection.scalar(select(func.max(dispatches.c.data_source_id)).where(*ours))
+    # On from where the last batch ended, else each comes by all before it; those that were in flight at the end.
+    skipped = 0 if last is None else _skip_from(connection, run_id, SKIP_BATCH, dispatches.c.data_source_id > last)
+    if skipped < SKIP_BATCH:
+        skipped += _skip_from(connection, run_id, SKIP_BATCH - skipped)
     # By the counts, for who looks for a pending row comes by all that are none.
     left = runs.c.published + runs.c.skipped + skipped < runs.c.total
     # Less than a batch: the others are in flight.
@@ -468,6 +462,25 @@ def _skip_pending(connection: Connection, run_id: UUID) -> int:
         .values(skipped=runs.c.skipped + skipped, wake_at=case((left, again_at), else_=None))
     )
     return skipped
+
+
+def _skip_from(connection: Connection, run_id: UUID, limit: int, *where: ColumnElement[bool]) -> int:
+    # As for a batch of the fan-out: without statistics all that is left would be fetched and sorted each time.
+    for setting in ("enable_sort", "enable_bitmapscan"):
+        connection.execute(select(func.set_config(setting, "off", literal(value=True))))
+    unlocked = (
+        select(dispatches.c.data_source_id)
+        .where(dispatches.c.run_id == run_id, dispatches.c.state == DispatchState.PENDING, *where)
+        .order_by(dispatches.c.data_source_id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("unlocked")
+    )
+    return connection.execute(
+        update(dispatches)
+        .where(dispatches.c.run_id == run_id, dispatches.c.data_source_id == unlocked.c.data_source_id)
+        .values(state=DispatchState.SKIPPED.value, reason=SkipReason.RUN_CANCELED.value)
+    ).rowcount
 
 
 def _claim_due(connection: Connection, limit: int) -> _Due:
