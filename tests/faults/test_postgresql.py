@@ -143,7 +143,7 @@ def catch_at_commit(stack: Stack, postgres: PostgresServer) -> int:
 @pytest.mark.fault("the command line's sessions ended while it records a thousand runs, until it gives up")
 def test_a_command_is_cut_off(scene: Scene, evidence: Evidence) -> None:
     stack, theme = scene.stack, "cut off"
-    many = [str(source) for source in range(1, 1_001)]
+    many = [str(source) for source in range(1, 20_001)]
 
     analyze = stack.start(
         "orchestrator", "analyze", *many, "--theme", theme, settings={"DATABASE_URL": as_role(stack, "operators")}

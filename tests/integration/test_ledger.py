@@ -264,6 +264,17 @@ def test_of_many_that_accept_one_run_at_once_one_creates_it(bench: Workbench) ->
     assert len(bench.events(run_id)) == 1
 
 
+def test_any_number_of_runs_is_accepted_at_once(bench: Workbench) -> None:
+    ids = [uuid4() for _ in range(6_001)]
+    news = [NewRun(each, AnalysisArguments(7, "news"), Trigger.CLI, traceparent_of(each)) for each in ids]
+
+    assert bench.ledger.runs.accept_all(news, actor="tester") == [True] * len(ids)
+
+    assert bench.ledger.runs.accept_all(news[:1], actor="tester") == [False]
+    (row,) = bench.query("SELECT count(*) FROM orchestrator.run_events")
+    assert row["count"] == len(ids)
+
+
 @pytest.mark.parametrize("state", [RunState.FAILED, RunState.CANCELED])
 def test_a_run_that_ended_before_it_began_is_recorded_once(bench: Workbench, state: RunState) -> None:
     run_id = uuid4()

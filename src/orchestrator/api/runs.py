@@ -240,7 +240,7 @@ def retry(run_id: RunId, once: Once, change: schemas.Change | None = None) -> JS
 
 @routes.post("/runs/{run_id}/cancel", Role.OPERATOR, response_model=schemas.Canceled, responses=problems(404, 409))
 def cancel(run_id: RunId, once: Once, change: schemas.Change | None = None) -> JSONResponse:
-    """Cancel a run: no further batch is begun; workers skip the rest, 100,000 in seconds, a million in minutes."""
+    """Cancel a run: no further batch is begun; workers skip the rest, a million in half a minute."""
     reason = change.reason if change else None
 
     def act(connection: Connection) -> Outcome:

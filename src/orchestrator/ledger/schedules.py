@@ -456,8 +456,8 @@ class ScheduleLedger:
             IllegalTransitionError: it is not paused.
         """
         with self._database.transaction(within) as connection:
-            # First, as those who pause do: else the two would wait for each other.
-            _require(connection, task_id)
+            # First, as those who pause do: else the two would wait for each other. It may be gone, and come back.
+            known = _is_known(connection, task_id)
             statement = (
                 update(pauses)
                 .where(pauses.c.task_id == task_id, pauses.c.resumed_at.is_(None))
@@ -466,6 +466,8 @@ class ScheduleLedger:
             )
             pause = connection.execute(statement).one_or_none()
             if pause is None:
+                if not known:
+                    raise ScheduleNotFoundError(task_id)
                 raise IllegalTransitionError(
                     f"the schedule of crawl task {task_id} is not paused; allowed: pause", ["pause"]
                 )
@@ -844,9 +846,13 @@ def _commit(connection: Connection, claim: Claim, by: str) -> Unsent:
 
 
 def _require(connection: Connection, task_id: int) -> None:
-    found = select(schedules.c.task_id).where(schedules.c.task_id == task_id).with_for_update(key_share=True)
-    if connection.scalar(found) is None:
+    if not _is_known(connection, task_id):
         raise ScheduleNotFoundError(task_id)
+
+
+def _is_known(connection: Connection, task_id: int) -> bool:
+    found = select(schedules.c.task_id).where(schedules.c.task_id == task_id).with_for_update(key_share=True)
+    return connection.scalar(found) is not None
 
 
 def _audit(

@@ -62,6 +62,9 @@ _WAITED: Final = (
 # Whoever makes these may be a command line that is gone before anybody asks it what it counted.
 _COUNTED_WHEN_STARTED: Final = frozenset({Trigger.CLI, Trigger.BACKFILL})
 
+# Of one INSERT: PostgreSQL takes 65,535 parameters.
+_ROWS: Final = 1_000
+
 _EVENTS: Final = {
     RunState.QUEUED: Event.RUN_REVIVED,
     RunState.RUNNING: Event.RUN_STARTED,
@@ -118,13 +121,14 @@ def wake_up_of(run: Row[Any]) -> WakeUp:
 
 def insert_runs(connection: Connection, rows: Sequence[dict[str, object]]) -> set[UUID]:
     """Insert runs and record them; return which are new: of those whose id is taken nothing changes."""
-    if not rows:
-        return set()
-    statement = upsert(runs).values(rows).on_conflict_do_nothing(index_elements=[runs.c.id]).returning(runs)
-    created = connection.execute(statement).all()
-    if created:
-        connection.execute(insert(run_events), [_event(run, Event.RUN_ACCEPTED, *_reason(run)) for run in created])
-    return {run.id for run in created}
+    created: set[UUID] = set()
+    for first in range(0, len(rows), _ROWS):
+        some = upsert(runs).values(rows[first : first + _ROWS])
+        made = connection.execute(some.on_conflict_do_nothing(index_elements=[runs.c.id]).returning(runs)).all()
+        if made:
+            connection.execute(insert(run_events), [_event(run, Event.RUN_ACCEPTED, *_reason(run)) for run in made])
+        created |= {run.id for run in made}
+    return created
 
 
 def _reason(run: Row[Any]) -> tuple[str | None, str | None]:

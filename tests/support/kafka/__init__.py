@@ -254,7 +254,7 @@ class KafkaServer:
     def _format(self) -> None:
         cluster = secrets.token_urlsafe(16)
         for node in self.nodes:
-            command = [*_JAVA, "-cp", class_path(), "kafka.tools.StorageTool", "format", "--cluster-id", cluster]
+            command = [*_JAVA, "-cp", class_path(), "kafka.tools.StorageTool", "format", f"--cluster-id={cluster}"]
             command += ["--config", str(self._directory / f"{node}.properties")]
             for user, password in USERS.items():
                 command += ["--add-scram", f"SCRAM-SHA-256=[name={user},password={password}]"]
