@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from starlette.routing import BaseRoute
 from orchestrator import bootstrap
 from orchestrator.api import create_app
 from orchestrator.api.app import Protected
+from orchestrator.api.server import _listen
 
 OPEN = {"/healthz", "/readyz", "/v1/openapi.json"}
 
@@ -89,3 +91,10 @@ def test_a_fault_of_ours_is_a_problem_with_all_headers_and_tells_nothing() -> No
     assert "secret" not in answer.text
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_no_answer_waits_until_its_head_is_acknowledged() -> None:
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -18,6 +18,7 @@ from orchestrator.ledger.schedules import Unsent
 from orchestrator.telemetry import Event, logger
 
 _BATCH: Final = 500
+_PAUSE: Final = 0.05  # seconds
 _MOST: Final = 20_000
 """Wake-ups that wait here; what is beyond is left to the pulse."""
 
@@ -74,6 +75,8 @@ class Waker:
     def _run(self) -> None:
         while not self._stopping.is_set():
             items = [self._waiting.get()]
+            # Others come along: to send each by itself would cost the process as much as answering requests does.
+            self._stopping.wait(_PAUSE)
             while len(items) < _BATCH and not self._waiting.empty():
                 items.append(self._waiting.get())
             self._send([item for item in items if item is not None])
