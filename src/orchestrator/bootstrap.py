@@ -66,7 +66,7 @@ class Services:
             return Health("it is stopping" if stopping() else attendance.problem or idle, watch.degraded)
 
         kept = self.settings.retention
-        # Neither by beats, whose ticks would wait for it.
+        # Neither is for beats, whose ticks would wait for it.
         skip = self.ledger.runs.skip_canceled
         forget = partial(self.ledger.retention.forget, kept.days, kept.batch)
         return Pulse(self.ledger, self.sender.wake, node, health=health, skip=skip, forget=forget), watch
@@ -192,15 +192,17 @@ def services() -> Services:
 
 def _survey(settings: Settings, database: Database) -> list[QueueStanding]:
     def ask(transport: str, url: SecretStr, names: Sequence[str]) -> list[QueueStanding]:
+        if transport == "kafka":
+            from orchestrator.queues import kafka  # noqa: PLC0415 -- an extra
+
+            return [kafka.survey(url, settings.kafka, name) for name in names]
         return postgres.survey(database.transaction, names) if transport == "pgmq" else survey(url, names)
 
     extraction = settings.extraction_url or settings.broker_url
-    ours = ask(settings.broker_transport, settings.broker_url, [ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE])
-    if settings.extraction_transport == "kafka":
-        from orchestrator.queues import kafka  # noqa: PLC0415 -- an extra
-
-        return [*ours, kafka.survey(extraction, settings.kafka, settings.extraction_queue)]
-    return [*ours, *ask(settings.extraction_transport, extraction, [settings.extraction_queue])]
+    return [
+        *ask(settings.broker_transport, settings.broker_url, [ANALYSIS_QUEUE, CRAWL_QUEUE, DEAD_QUEUE]),
+        *ask(settings.extraction_transport, extraction, [settings.extraction_queue]),
+    ]
 
 
 def _observed(publisher: Publisher, settings: Settings) -> Publisher:

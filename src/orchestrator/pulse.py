@@ -125,21 +125,24 @@ class Pulse:
 
     def _skip_some(self) -> None:
         """Skip rows of canceled runs for a moment, however many there are: the next round wakes and shows life."""
-        deadline = monotonic() + _SKIPPING
-        while self._skip is not None and self._skip() and not self._stopping():
-            if monotonic() > deadline:
-                return
+        if self._skip is not None:
+            self._lasts_beyond(_SKIPPING, self._skip)
 
     def _forget_some(self) -> None:
         """Delete what is old for a moment: whoever waits to be woken must not wait for it."""
         if self._forget is None or monotonic() < self._forget_at:
             return
-        deadline = monotonic() + _FORGETTING_ROUND
         self._forget_at = monotonic() + _FORGETTING
         try:
-            while self._forget() and not self._stopping():
-                if monotonic() > deadline:
-                    self._forget_at = 0.0
-                    return
+            if self._lasts_beyond(_FORGETTING_ROUND, self._forget):
+                self._forget_at = 0.0
         except TransientError as error:
             _log.warning(Event.FORGETTING_FAILED, code=error.code, error=str(error))
+
+    def _lasts_beyond(self, seconds: float, step: Callable[[], bool]) -> bool:
+        """Take steps while there are more, for so long; return whether it was not long enough."""
+        deadline = monotonic() + seconds
+        while step() and not self._stopping():
+            if monotonic() > deadline:
+                return True
+        return False

@@ -107,15 +107,20 @@ def a_task(stack: Stack) -> None:
     stack.application.add_task(1, SOURCES)
 
 
+def besiege(make: StackFactory, workers: int, kills: int, random: Random, evidence: Evidence) -> Siege:
+    """Kill workers so often, and check that all of them are well at the end."""
+    stack = make(DISPATCH__BATCH_SIZE=str(BATCH), LOG__LEVEL="DEBUG")
+    a_task(stack)
+    with Fleet(stack, workers) as fleet:
+        siege = Siege(fleet, random, evidence)
+        siege.last(kills)
+        fleet.assert_well()
+    return siege
+
+
 @pytest.mark.fault("kill -9 of one of three workers every second or two: with its children, or sparing them")
 def test_kill_9_of_workers_under_load(make_rabbitmq: StackFactory, random: Random, evidence: Evidence) -> None:
-    stack = make_rabbitmq(DISPATCH__BATCH_SIZE=str(BATCH), LOG__LEVEL="DEBUG")
-    a_task(stack)
-
-    with Fleet(stack, 3) as fleet:
-        siege = Siege(fleet, random, evidence)
-        siege.last(200 if LONG else 4)
-        fleet.assert_well()
+    siege = besiege(make_rabbitmq, 3, 200 if LONG else 4, random, evidence)
 
     verdict = siege.judge()
     evidence.note(f"{siege.in_a_batch} of them within a batch")
@@ -126,26 +131,14 @@ def test_kill_9_of_workers_under_load(make_rabbitmq: StackFactory, random: Rando
 def test_kill_9_of_workers_on_the_embedded_set_up(
     make_embedded: StackFactory, random: Random, evidence: Evidence
 ) -> None:
-    stack = make_embedded(DISPATCH__BATCH_SIZE=str(BATCH), LOG__LEVEL="DEBUG")
-    a_task(stack)
-
-    with Fleet(stack, 2) as fleet:
-        siege = Siege(fleet, random, evidence)
-        siege.last(20 if LONG else 2)
-        fleet.assert_well()
+    siege = besiege(make_embedded, 2, 20 if LONG else 2, random, evidence)
 
     assert siege.judge().duplicates == 0
 
 
 @pytest.mark.fault("kill -9 of workers whose messages go to Kafka, with Celery on")
 def test_kill_9_of_workers_that_publish_to_kafka(make_kafka: StackFactory, random: Random, evidence: Evidence) -> None:
-    stack = make_kafka(DISPATCH__BATCH_SIZE=str(BATCH), LOG__LEVEL="DEBUG")
-    a_task(stack)
-
-    with Fleet(stack, 2) as fleet:
-        siege = Siege(fleet, random, evidence)
-        siege.last(20 if LONG else 2)
-        fleet.assert_well()
+    siege = besiege(make_kafka, 2, 20 if LONG else 2, random, evidence)
 
     siege.judge()
 

@@ -39,9 +39,8 @@ _QUIETLY: Final = {"log_level": 0, "logger": logging.getLogger("librdkafka")}
 WINDOW: Final = 5_000
 """At most this many messages are unconfirmed at a time."""
 
-_LARGEST_BATCH: Final = (
-    1_000_000  # bytes of one request; librdkafka's default, and what brokers take unless told otherwise
-)
+_LARGEST_BATCH: Final = 1_000_000
+"""Bytes of one request; librdkafka's default, and what brokers take unless told otherwise."""
 _TURN: Final = 0.25  # seconds after which signals get a chance
 _GLANCE: Final = 0.05
 _NO_TOPIC: Final = frozenset(
