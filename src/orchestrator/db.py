@@ -15,8 +15,9 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.types.array import ListBinaryDumper
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from orchestrator.errors import (
     DatabaseLockedError,
@@ -31,6 +32,8 @@ from orchestrator.telemetry import Event, logger
 CONNECT_TIMEOUT: Final = 5  # seconds
 SILENCE: Final = 5.0
 """Seconds without a byte from the server after which it is asked whether it is still at it."""
+FRESH: Final = 5.0
+"""Seconds for which a connection that was of use is taken for one that is, unless its end has been heard of."""
 _ASKING: Final = 3  # seconds to connect within; with those before and the next connection 13 in all
 _LONGEST: Final = 130.0  # seconds; a statement's own time-out, and a little
 _STATE: Final = "SELECT state, wait_event FROM pg_stat_activity WHERE pid = %s"
@@ -55,6 +58,7 @@ _TRANSIENT: Final = (
 )
 
 _AFTER_COMMIT: Final = "orchestrator.after_commit"
+_USED_AT: Final = "orchestrator.used_at"
 
 Answer = TypeVar("Answer")
 
@@ -74,14 +78,14 @@ class Database:
         self.schema = schema
         self._connections = 5
         self._settings = _SESSION
-        self._engine = self._create_engine()
+        self._open()
 
     def serve(self, callers: int, *, within: float) -> None:
         """Keep a connection for each of many callers from now on, and end statements that take longer than seconds."""
         self._connections = callers
         self._settings = _SESSION | {"statement_timeout": f"{within * 1_000:.0f}"}
         self._engine.dispose()
-        self._engine = self._create_engine()
+        self._open()
 
     @contextmanager
     def transaction(self, within: Connection | None = None) -> Iterator[Connection]:
@@ -107,9 +111,31 @@ class Database:
         for act in acts:
             act()
 
+    @contextmanager
+    def reading(self, within: Connection | None = None) -> Iterator[Connection]:
+        """Lend a connection for reading: each statement is one exchange with the server, and a transaction by itself.
+
+        Args:
+            within: a transaction of the caller's to read in instead.
+
+        Raises:
+            see :meth:`transaction`.
+        """
+        if within is not None:
+            with translated_errors():
+                yield within
+            return
+        with translated_errors(), self._reader.connect() as connection:
+            yield connection
+
     def close(self) -> None:
         """Close every pooled connection."""
         self._engine.dispose()
+
+    def _open(self) -> None:
+        self._engine = self._create_engine()
+        # The same pool.
+        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def _create_engine(self) -> Engine:
         engine = create_engine(
@@ -118,11 +144,13 @@ class Database:
             pool_size=self._connections,
             max_overflow=60,  # a worker of threads holds one connection a thread
             pool_timeout=10,
-            pool_pre_ping=True,
             hide_parameters=True,  # a traceback is for everybody, what callers write is not
             execution_options={"schema_translate_map": {SCHEMA: self.schema}},
         )
         event.listen(engine, "handle_error", _forget_broken_connection)
+        event.listen(engine, "connect", _note_use)
+        event.listen(engine, "checkin", _note_use)
+        event.listen(engine, "checkout", _check_use)
         return engine
 
     def _connect(self) -> psycopg.Connection:
@@ -195,7 +223,7 @@ class _Session(psycopg.Connection[Any]):
                 elif monotonic() - heard_at > SILENCE:
                     served = self._is_served(give_up=monotonic() - began_at > _LONGEST)
                     # A backend may be idle for having answered meanwhile.
-                    if not served and not self._has_answer():
+                    if not served and not self.has_answer():
                         # What either side says from now on would be taken for the answer to something else.
                         self.pgconn.finish()
                         raise psycopg.OperationalError(f"no answer for {monotonic() - heard_at:.0f} s: connection lost")
@@ -225,7 +253,8 @@ class _Session(psycopg.Connection[Any]):
         self.waits_for = found[1]
         return found[0] in _BUSY or (found[0] == _UNKNOWN and not give_up)
 
-    def _has_answer(self) -> bool:
+    def has_answer(self) -> bool:
+        """Return whether the server has sent what nobody has read yet."""
         poll = select.poll()
         poll.register(self.pgconn.socket, select.POLLIN)
         return any(event & select.POLLIN for _, event in poll.poll(0))
@@ -275,3 +304,24 @@ def _forget_broken_connection(context: object) -> None:
         | pg.ReadOnlySqlTransaction,
     ):
         context.is_disconnect = True  # type: ignore[attr-defined] # SQLAlchemy's ExceptionContext, untyped for listeners
+
+
+def _note_use(_: object, entry: ConnectionPoolEntry) -> None:
+    entry.info[_USED_AT] = monotonic()
+
+
+def _check_use(session: _Session, entry: ConnectionPoolEntry, _: object) -> None:
+    """Make sure that a connection is of use before anybody gets it.
+
+    Raises:
+        InvalidatePoolError: it is not; the pool opens new ones then.
+    """
+    # A server that ends a session says so, also one that is killed: there is something to read.
+    if monotonic() - entry.info.get(_USED_AT, 0.0) < FRESH and not session.has_answer():
+        return
+    try:
+        session.autocommit = True
+        session.execute("")
+        session.autocommit = False
+    except psycopg.Error as error:
+        raise InvalidatePoolError from error

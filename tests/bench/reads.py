@@ -145,7 +145,7 @@ class Reader:
             ("error, rare", RunFilter(error_code="rare")),
             ("data source, in a twentieth of the runs", RunFilter(data_source_id=1)),
         ):
-            self._ask(f"count up to 1,000: {what}", partial(self._insights.count_runs, wanted, 1_000))
+            self._ask(f"count up to 1,000: {what}", partial(self._insights.search_runs, wanted, limit=1, most=1_000))
 
     def one_run(self) -> None:
         insights, large = self._insights, self._large

@@ -22,7 +22,7 @@ from orchestrator.domain import (
     Trigger,
     message_id,
 )
-from orchestrator.insights import AuditFilter, FiringFilter, Insights, RunFilter, RunView
+from orchestrator.insights import AuditFilter, FiringFilter, FoundRuns, Insights, RunFilter, RunView
 from tests.integration.test_query_plans import Explained
 from tests.support.ledgers import Workbench
 from tests.support.postgres import PostgresServer
@@ -115,8 +115,14 @@ def test_pages_show_every_run_that_fits_once(
     found = pages(partial(insights.page_runs, wanted), lambda view: (view.created_at, view.id))
 
     assert found == [view for view in everything if fits(view)]
-    assert insights.count_runs(wanted, 100) == len(found)
-    assert insights.count_runs(wanted, 2) == min(len(found), 2)
+    searched = insights.search_runs(wanted, limit=2, most=5)
+    assert searched.runs == found[:2]
+    # Of a common data source only what the page has is counted.
+    common = (
+        wanted.data_source_id == 6 and many == 1 and wanted.kind is not RunKind.SITE_ANALYSIS and not wanted.theme_name
+    )
+    counted = min(len(found), 2 if common else 5)
+    assert (searched.counted, searched.exact) == (counted, counted == len(found) and not common)
 
 
 def test_a_common_data_source_is_looked_for_among_the_newest_runs(
@@ -124,18 +130,23 @@ def test_a_common_data_source_is_looked_for_among_the_newest_runs(
 ) -> None:
     everything = insights.page_runs(RunFilter(), limit=100)
     common, rare = RunFilter(data_source_id=6), RunFilter(data_source_id=99)
-    assert insights.within_reach(common) == common
+    fitting = list(filter(_of_source, everything))
+    search = partial(insights.search_runs, limit=100, most=100)
+    assert search(common) == FoundRuns(fitting, len(fitting), exact=True, since=None)
 
     monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", 2)
-    assert insights.within_reach(common) == common, "there are not that many runs"
+    assert search(common) == FoundRuns(fitting, len(fitting), exact=True, since=None), "there are not that many runs"
     monkeypatch.setattr("orchestrator.insights.runs.MOST_PROBED", 10)
 
-    reached = insights.within_reach(common)
-    assert reached == replace(common, since=everything[10].created_at)
-    found = insights.page_runs(reached, limit=100)
-    assert found == [view for view in everything if _of_source(view) and view.created_at >= everything[10].created_at]
+    since = everything[10].created_at
+    near = [view for view in fitting if view.created_at >= since]
+    assert search(common) == FoundRuns(near, len(near), exact=True, since=since)
+    first = search(common, limit=2)
+    assert first == FoundRuns(near[:2], 2, exact=False, since=since)
+    position = first.runs[-1].created_at, first.runs[-1].id
+    assert search(replace(common, since=since), limit=2, after=position).runs == near[2:4]
     for narrow in (rare, replace(common, kind=RunKind.SITE_ANALYSIS), replace(common, theme_name="news"), RunFilter()):
-        assert insights.within_reach(narrow) == narrow
+        assert search(narrow).since is None
 
 
 def test_a_prepared_statement_of_any_filter_stays_on_its_index(bench: Workbench) -> None:

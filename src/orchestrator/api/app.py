@@ -47,6 +47,7 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
         openapi_url="/v1/openapi.json",
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours know what a run is
     )
     app.state.services = services
     app.state.failures = FailureLimit()

@@ -13,7 +13,9 @@ from sqlalchemy import Connection
 
 from orchestrator.api.security import Asks, Ours
 from orchestrator.api.waker import Waker
+from orchestrator.bootstrap import Services
 from orchestrator.domain import WakeUp, traceparent_of
+from orchestrator.ledger.keys import Principal
 from orchestrator.ledger.requests import Reply
 from orchestrator.ledger.requests import Request as Repeatable
 from orchestrator.ledger.schedules import NOTHING_UNSENT, Unsent
@@ -65,7 +67,7 @@ class Change:
         traceparent: the trace context of the request's runs: the caller's, or none.
     """
 
-    def __init__(self, request: Request, ours: Ours, asks: Asks, idempotency_key: IdempotencyKey = None) -> None:
+    def __init__(self, request: Request, ours: Services, asks: Principal, idempotency_key: str | None) -> None:
         self.ours = ours
         self.actor = asks.actor
         self.traceparent = _continued(request.headers.get("traceparent"))
@@ -108,7 +110,12 @@ class Change:
         return Repeatable(self.actor, self._key, digest)
 
 
-Once = Annotated[Change, Depends(Change)]
+# In the event loop: a class would be made in a thread.
+async def _change(request: Request, ours: Ours, asks: Asks, idempotency_key: IdempotencyKey = None) -> Change:
+    return Change(request, ours, asks, idempotency_key)
+
+
+Once = Annotated[Change, Depends(_change)]
 
 
 def _continued(traceparent: str | None) -> str | None:

@@ -122,17 +122,18 @@ def list_runs(ours: Ours, query: Annotated[schemas.RunQuery, Query()]) -> schema
     position = pages.decode(query.cursor, wanted, pages.moment, pages.moment, pages.run_id)
     # Fixed by the first page, else the list would lose its end while it is read.
     since = position[0] if position else query.since or pages.window_of(ours)
-    chosen = RunFilter(**wanted | {"since": since})
-    if position is None:
-        chosen = ours.insights.within_reach(chosen)
-        since = chosen.since or since
-    found = ours.insights.page_runs(chosen, limit=query.limit + 1, after=position[1:] if position else None)
-    items, following = pages.paged(found, query.limit, lambda run: (since, run.created_at, run.id), wanted)
-    counted = ours.insights.count_runs(chosen, _COUNTED + 1)
+    found = ours.insights.search_runs(
+        RunFilter(**wanted | {"since": since}),
+        limit=query.limit + 1,
+        most=_COUNTED,
+        after=position[1:] if position else None,
+    )
+    since = found.since or since
+    items, following = pages.paged(found.runs, query.limit, lambda run: (since, run.created_at, run.id), wanted)
     return schemas.RunPage(
         items=[schemas.Run.model_validate(each) for each in items],
         next_cursor=following,
-        total=schemas.Total(value=min(counted, _COUNTED), relation="gte" if counted > _COUNTED else "eq"),
+        total=schemas.Total(value=found.counted, relation="eq" if found.exact else "gte"),
         since=since,
     )
 

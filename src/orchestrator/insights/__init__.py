@@ -13,7 +13,7 @@ One module a story; no story knows another:
 
 from orchestrator.insights.audit import AuditFilter, AuditInsights, AuditView
 from orchestrator.insights.nodes import ALIVE_WITHIN, NodeInsights, NodeStatus, NodeView
-from orchestrator.insights.runs import AttemptView, DispatchView, EventView, RunFilter, RunInsights, RunView
+from orchestrator.insights.runs import AttemptView, DispatchView, EventView, FoundRuns, RunFilter, RunInsights, RunView
 from orchestrator.insights.schedules import (
     FiringFilter,
     FiringView,
@@ -32,6 +32,7 @@ __all__ = [
     "EventView",
     "FiringFilter",
     "FiringView",
+    "FoundRuns",
     "Insights",
     "NodeStatus",
     "NodeView",

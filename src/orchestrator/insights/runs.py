@@ -11,7 +11,6 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
-    Uuid,
     exists,
     func,
     literal,
@@ -22,7 +21,6 @@ from sqlalchemy import (
     tuple_,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
 
 from orchestrator.db import Database
 from orchestrator.domain import (
@@ -41,10 +39,10 @@ from orchestrator.errors import InvalidArgumentsError, RunNotFoundError
 from orchestrator.schema import attempts, dispatches, run_events, runs
 
 MOST_SKIPS: Final = 10_000
-MANY_RUNS: Final = 5_000
-"""Runs of one data source up to which all of them are looked at to find the newest ones."""
-MOST_PROBED: Final = 10_000
-"""Newest runs among which those of a data source with more are looked for."""
+MANY_RUNS: Final = 2_000
+"""A data source with so many runs is a common one; of others all runs are looked at to find the newest ones."""
+MOST_PROBED: Final = 5_000
+"""Newest runs among which those of a common data source are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +124,23 @@ class RunFilter:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundRuns:
+    """Runs that fit a filter.
+
+    Attributes:
+        runs: a page of them, newest first.
+        counted: how many fit in all, or at least.
+        exact: whether these are all.
+        since: from where on they were looked for; none: everywhere.
+    """
+
+    runs: list[RunView]
+    counted: int
+    exact: bool
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptView:
     """One call to the Discovery Service."""
 
@@ -196,38 +211,39 @@ class RunInsights:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def within_reach(self, wanted: RunFilter) -> RunFilter:
-        """Return what to search for instead, so that it does not take for ever.
+    def search_runs(
+        self, wanted: RunFilter, *, limit: int, most: int, after: tuple[datetime, UUID] | None = None
+    ) -> FoundRuns:
+        """Find runs, newest first, and how many there are.
 
-        The runs of a data source that has very many are looked for among the newest :data:`MOST_PROBED` only, for none
-        of the others need have it: ``since`` moves up to the last of these.
-        """
-        if wanted.data_source_id is None or not _is_probed(wanted):
-            return wanted
-        with self._database.transaction() as connection:
-            if _runs_of(connection, wanted.data_source_id) is not None:
-                return wanted
-            newest = select(runs.c.created_at).where(*_common(wanted)).order_by(*_NEWEST_FIRST)
-            last = connection.scalar(newest.offset(MOST_PROBED).limit(1))
-        return wanted if last is None else replace(wanted, since=last)
-
-    def page_runs(self, wanted: RunFilter, *, limit: int, after: tuple[datetime, UUID] | None = None) -> list[RunView]:
-        """Return runs, newest first.
+        The runs of a common data source are looked for among the newest :data:`MOST_PROBED` only, for none of the
+        others need have it; and those beyond the page are not counted.
 
         Args:
-            wanted: which.
-            limit: at most so many.
+            wanted: which; to go on, with the ``since`` of the first page.
+            limit: at most so many on the page.
+            most: counted up to so many; not less than ``limit``.
             after: go on after the run with this ``created_at`` and ``id``.
         """
-        with self._database.transaction() as connection:
-            rows = connection.execute(_newest(_RUN_COLUMNS, _alternatives(connection, wanted), limit, after))
-            return [_run_view(row) for row in rows]
+        with self._database.reading() as connection:
+            common = _is_common(connection, wanted)
+            if common and after is None:
+                wanted = _within_reach(connection, wanted)
+            alternatives = _alternatives(wanted, common=common)
+            found = [_run_view(row) for row in connection.execute(_newest(_RUN_COLUMNS, alternatives, limit, after))]
+            counted, exact = len(found), after is None and len(found) < limit
+            if not common and not exact:
+                some = _newest(list(_KEYS), alternatives, most + 1, None).subquery()
+                counted = connection.scalar(select(func.count()).select_from(some)) or 0
+                exact = counted <= most
+        return FoundRuns(found, min(counted, most), exact, wanted.since)
 
-    def count_runs(self, wanted: RunFilter, cap: int) -> int:
-        """Return how many runs are wanted, counted up to a cap: the cap means so many, or more."""
-        with self._database.transaction() as connection:
-            counted = _newest(list(_KEYS), _alternatives(connection, wanted), cap, None).subquery()
-            return connection.scalar(select(func.count()).select_from(counted)) or 0
+    def page_runs(self, wanted: RunFilter, *, limit: int, after: tuple[datetime, UUID] | None = None) -> list[RunView]:
+        """Return runs, newest first; see :meth:`search_runs`."""
+        with self._database.reading() as connection:
+            alternatives = _alternatives(wanted, common=_is_common(connection, wanted))
+            rows = connection.execute(_newest(_RUN_COLUMNS, alternatives, limit, after))
+            return [_run_view(row) for row in rows]
 
     def run(self, run_id: UUID) -> RunView:
         """Return one run.
@@ -235,7 +251,7 @@ class RunInsights:
         Raises:
             RunNotFoundError: there is no such run.
         """
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(select(*_RUN_COLUMNS).where(runs.c.id == run_id)).one_or_none()
         if row is None:
             raise RunNotFoundError(f"there is no run {run_id}")
@@ -243,20 +259,20 @@ class RunInsights:
 
     def unfinished(self, run_ids: Sequence[UUID]) -> int:
         """Return how many of the runs are not over."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             over = runs.c.finished_at.is_not(None)
             return connection.scalar(select(func.count()).where(runs.c.id.in_(run_ids), ~over)) or 0
 
     def matching(self, prefix: str, limit: int = 2) -> list[UUID]:
         """Return ids of runs that begin with some hex digits, so that people may shorten them."""
         first, last = UUID(prefix.ljust(32, "0")), UUID(prefix.ljust(32, "f"))
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return list(connection.scalars(select(runs.c.id).where(runs.c.id.between(first, last)).limit(limit)))
 
     def queued(self, limit: int) -> int:
         """Return how many runs wait for a worker, counted up to a limit."""
         waiting = select(literal(1)).where(runs.c.state == RunState.QUEUED).limit(limit).subquery()
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return connection.scalar(select(func.count()).select_from(waiting)) or 0
 
     def unfinished_at(self, task_id: int, moment: datetime) -> RunView | None:
@@ -268,7 +284,7 @@ class RunInsights:
             .order_by(runs.c.created_at.desc())
             .limit(1)
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(statement).one_or_none()
         return None if row is None else _run_view(row)
 
@@ -279,13 +295,13 @@ class RunInsights:
         statement = select(*_ATTEMPT_COLUMNS).where(attempts.c.run_id == run_id).order_by(attempts.c.number)
         if after is not None:
             statement = statement.where(attempts.c.number > after)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return [_attempt_view(row) for row in connection.execute(statement.limit(limit))]
 
     def last_attempt(self, run_id: UUID) -> AttemptView | None:
         """Return the last call that a run made to the Discovery Service."""
         statement = select(*_ATTEMPT_COLUMNS).where(attempts.c.run_id == run_id).order_by(attempts.c.number.desc())
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(statement.limit(1)).one_or_none()
         return None if row is None else _attempt_view(row)
 
@@ -294,7 +310,7 @@ class RunInsights:
         statement = select(*_EVENT_COLUMNS).where(run_events.c.run_id == run_id).order_by(run_events.c.id)
         if after is not None:
             statement = statement.where(run_events.c.id > after)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(statement.limit(limit))
             return [EventView(**{**row._mapping, "state": RunState(row.state)}) for row in rows]  # noqa: SLF001 -- SQLAlchemy's documented name
 
@@ -314,7 +330,7 @@ class RunInsights:
             statement = statement.where(dispatches.c.data_source_id > after)
         if state is not None:
             statement = statement.where(*_in_state(run_id, state))
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(statement.order_by(dispatches.c.data_source_id).limit(limit))
             return [_dispatch_view(row) for row in rows]
 
@@ -326,7 +342,7 @@ class RunInsights:
             .limit(MOST_SKIPS)
             .subquery()
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(select(some.c.reason, func.count()).group_by(some.c.reason))
             return {SkipReason(row.reason): row[1] for row in rows}
 
@@ -352,52 +368,63 @@ def _newest(
     return select(page).order_by(page.c.created_at.desc(), page.c.id.desc()).limit(limit)
 
 
-def _alternatives(connection: Connection, wanted: RunFilter) -> list[Conditions]:
+def _alternatives(wanted: RunFilter, *, common: bool) -> list[Conditions]:
     """Return what to search for: the filter's conditions, or two lists, for a data source is in runs of either kind."""
-    common = _common(wanted)
+    conditions = _conditions(wanted)
     if wanted.data_source_id is None:
-        return [common]
-    analysed, crawled = [*common, runs.c.data_source_id == wanted.data_source_id], None
-    if _is_probed(wanted):
-        crawled = [*common, runs.c.kind == RunKind.CRAWL, _dispatches(connection, wanted.data_source_id)]
-    return [each for each in (analysed, crawled) if each is not None]
+        return [conditions]
+    alternatives = [[*conditions, runs.c.data_source_id == wanted.data_source_id]]
+    if _is_planned(wanted):
+        in_plan = _in_plan_of_common(wanted.data_source_id) if common else _in_plan(wanted.data_source_id)
+        alternatives.append([*conditions, runs.c.kind == RunKind.CRAWL, in_plan])
+    return alternatives
 
 
-def _is_probed(wanted: RunFilter) -> bool:
-    return wanted.kind is not RunKind.SITE_ANALYSIS and wanted.theme_name is None
+def _is_planned(wanted: RunFilter) -> bool:
+    """Whether plans of crawl runs have to be looked into."""
+    return wanted.data_source_id is not None and wanted.kind is not RunKind.SITE_ANALYSIS and wanted.theme_name is None
 
 
-def _common(wanted: RunFilter) -> Conditions:
-    common = [runs.c[name] == getattr(wanted, name) for name in _EQUAL if getattr(wanted, name) is not None]
+def _is_common(connection: Connection, wanted: RunFilter) -> bool:
+    """Whether the crawl runs of a data source are too many to be looked up one by one."""
+    if not _is_planned(wanted):
+        return False
+    one = select(true()).select_from(dispatches).where(_source == wanted.data_source_id)
+    return connection.scalar(one.offset(MANY_RUNS - 1).limit(1)) is True
+
+
+def _within_reach(connection: Connection, wanted: RunFilter) -> RunFilter:
+    newest = select(runs.c.created_at).where(*_conditions(wanted)).order_by(*_NEWEST_FIRST)
+    last = connection.scalar(newest.offset(MOST_PROBED).limit(1))
+    return wanted if last is None else replace(wanted, since=last)
+
+
+def _conditions(wanted: RunFilter) -> Conditions:
+    conditions = [runs.c[name] == getattr(wanted, name) for name in _EQUAL if getattr(wanted, name) is not None]
     if wanted.since is not None:
-        common.append(runs.c.created_at >= wanted.since)
+        conditions.append(runs.c.created_at >= wanted.since)
     if wanted.until is not None:
-        common.append(runs.c.created_at < wanted.until)
+        conditions.append(runs.c.created_at < wanted.until)
     if wanted.trigger not in {None, Trigger.SCHEDULE}:
-        common.append(_NOT_SCHEDULED)
+        conditions.append(_NOT_SCHEDULED)
     if wanted.kind is RunKind.SITE_ANALYSIS:
-        common.append(_ANALYSIS)
-    return common
+        conditions.append(_ANALYSIS)
+    return conditions
 
 
-def _dispatches(connection: Connection, data_source_id: int) -> ColumnElement[bool]:
-    """Return the condition that a run has a dispatch for a data source, so written that it is answered quickly.
+# The planner has to guess how many runs have a data source, and a wrong guess costs seconds: so it is told how to go.
 
-    The planner has to guess how many runs that are, and a wrong guess costs seconds. So the runs of a rare one are
-    looked up first; a common one is soon met on the way through the newest runs.
-    """
-    found = _runs_of(connection, data_source_id)
-    if found is not None:
-        return runs.c.id == func.any(literal(found, ARRAY(Uuid)))
+
+def _in_plan(data_source_id: int) -> ColumnElement[bool]:
+    """Return the condition that a run has a dispatch for a rare data source: its runs are looked up first."""
+    of_source = select(dispatches.c.run_id).where(_source == data_source_id)
+    return runs.c.id == func.any(func.array(of_source.scalar_subquery()))
+
+
+def _in_plan_of_common(data_source_id: int) -> ColumnElement[bool]:
+    """Return the condition for a common data source: it is soon met on the way through the newest runs."""
     of_run = (dispatches.c.run_id == runs.c.id) & (dispatches.c.data_source_id == data_source_id)
     return select(true()).where(of_run).limit(1).scalar_subquery()
-
-
-def _runs_of(connection: Connection, data_source_id: int) -> list[UUID] | None:
-    """Return the crawl runs of a data source; none where they are too many to be looked up one by one."""
-    of_source = select(dispatches.c.run_id).where(_source == data_source_id)
-    found = connection.scalars(of_source.limit(MANY_RUNS)).all()
-    return list(found) if len(found) < MANY_RUNS else None
 
 
 def _in_state(run_id: UUID, state: DispatchState) -> Conditions:
@@ -413,9 +440,9 @@ def _in_state(run_id: UUID, state: DispatchState) -> Conditions:
     return [dispatches.c.state == state, exists().where(runs.c.id == run_id, left[state])]
 
 
-def _run_view(row: Row[Any]) -> RunView:
-    values = dict(row._mapping)  # noqa: SLF001 -- SQLAlchemy's documented name
-    return RunView(**values | {"kind": RunKind(row.kind), "state": RunState(row.state)})
+def _run_view(row: Sequence[Any]) -> RunView:
+    run_id, kind, state, *rest = row
+    return RunView(run_id, RunKind(kind), RunState(state), *rest)
 
 
 def _attempt_view(row: Row[Any]) -> AttemptView:

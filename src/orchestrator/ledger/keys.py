@@ -12,7 +12,7 @@ from hashlib import sha256
 from hmac import compare_digest
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, exists, func, insert, or_, select, update
 
 from orchestrator.db import Database
 from orchestrator.domain import Role
@@ -27,6 +27,10 @@ _LONGEST: Final = 200
 _LONGEST_NAME: Final = 100
 _VALID: Final = api_keys.c.revoked_at.is_(None) & or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now)
 _STALE: Final = or_(api_keys.c.used_at.is_(None), api_keys.c.used_at < now - timedelta(minutes=1))
+
+_KNOWN: Final = select(api_keys.c.name, api_keys.c.role, api_keys.c.digest, _STALE.label("stale")).where(
+    api_keys.c.id == bindparam("key_id"), _VALID
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +129,12 @@ class KeyLedger:
     def all(self) -> list[KeyView]:
         """Return all keys, newest first."""
         statement = select(*_SHOWN).order_by(api_keys.c.created_at.desc(), api_keys.c.id)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return list(map(_view, connection.execute(statement)))
 
     def any(self) -> bool:
         """Return whether anybody has a valid key."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return bool(connection.scalar(select(exists().where(_VALID))))
 
     def authenticate(self, text: str) -> Principal:
@@ -143,20 +147,20 @@ class KeyLedger:
         key_id = rest.partition("_")[0]
         if not text.startswith(f"{PREFIX}_") or len(text) > _LONGEST or not key_id.isascii() or "\x00" in text:
             raise UnauthenticatedError("the API key is not valid")
-        with self._database.transaction() as connection:
-            known = connection.execute(
-                select(api_keys.c.name, api_keys.c.role, api_keys.c.digest, _STALE.label("stale")).where(
-                    api_keys.c.id == key_id, _VALID
-                )
-            ).one_or_none()
-            # Whether the id is known or not, a digest is compared.
-            if not compare_digest(_digest(text), known.digest if known else bytes(32)) or known is None:
-                raise UnauthenticatedError("the API key is not valid")
-            if known.stale:
-                # Not worth waiting for the disk, nor worth a write for each request.
-                connection.execute(select(func.set_config("synchronous_commit", "off", True)))  # noqa: FBT003 -- SQL's
-                connection.execute(update(api_keys).where(api_keys.c.id == key_id, _STALE).values(used_at=clock))
+        with self._database.reading() as connection:
+            known = connection.execute(_KNOWN, {"key_id": key_id}).one_or_none()
+        # Whether the id is known or not, a digest is compared.
+        if not compare_digest(_digest(text), known.digest if known else bytes(32)) or known is None:
+            raise UnauthenticatedError("the API key is not valid")
+        if known.stale:
+            self._note_use(key_id)
         return Principal(key_id, known.name, Role(known.role))
+
+    def _note_use(self, key_id: str) -> None:
+        with self._database.transaction() as connection:
+            # Not worth waiting for the disk, nor worth a write for each request.
+            connection.execute(select(func.set_config("synchronous_commit", "off", True)))  # noqa: FBT003 -- SQL's
+            connection.execute(update(api_keys).where(api_keys.c.id == key_id, _STALE).values(used_at=clock))
 
 
 def _view(row: Row[Any]) -> KeyView:

@@ -10,7 +10,23 @@ from functools import partial
 from typing import Any, Final, cast
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, Connection, Row, case, delete, exists, func, insert, literal, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Uuid,
+    any_,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from orchestrator.db import Database, after_commit
 from orchestrator.domain import (
@@ -57,8 +73,18 @@ LONGEST_SILENCE: Final = 600.0
 SKIP_BATCH: Final = 10_000
 """Rows of a canceled run that are skipped in one transaction."""
 
-_log = logger(__name__)
+_MARK_ENQUEUED: Final = (
+    update(runs)
+    .where(
+        runs.c.id == any_(bindparam("run_ids", type_=ARRAY(Uuid))),
+        runs.c.state == RunState.QUEUED,
+        runs.c.enqueued_at.is_(None),
+    )
+    # Never before the caller's ETA; GREATEST passes over NULL.
+    .values(enqueued_at=clock, wake_at=func.greatest(from_now(SILENCE), runs.c.next_attempt_at))
+)
 
+_log = logger(__name__)
 
 _Accepted = tuple[NewRun, bool, Arguments | None]
 """A run, whether it is new, and what is kept as its arguments."""
@@ -102,9 +128,7 @@ class RunLedger:
             within: a transaction of the caller's to take part in.
         """
         with self._database.transaction(within) as connection:
-            accepted = _accept(connection, news, delivered=delivered)
-            if actor is not None:
-                _audit_starts(connection, actor, reason, [new for new, created, _ in accepted if created])
+            accepted = _accept(connection, news, delivered=delivered, actor=actor, reason=reason)
             after_commit(connection, partial(_tell_accepted, accepted))
         return [created for _, created, _ in accepted]
 
@@ -158,9 +182,8 @@ class RunLedger:
             code: stable error code.
             message: one sentence for people.
         """
-        ended = {"state": state, "error_code": code, "error_message": message, "finished_at": clock}
         with self._database.transaction() as connection:
-            created = bool(insert_runs(connection, [values | ended]))
+            created = bool(insert_runs(connection, [values], state, code=code, message=message))
         if created:
             kind, trigger = RunKind(str(values["kind"])), Trigger(str(values["trigger"]))
             count_created(kind, trigger)
@@ -180,12 +203,7 @@ class RunLedger:
     def mark_enqueued(self, run_ids: Sequence[UUID]) -> None:
         """Note that a wake-up for each run is safely in the broker."""
         with self._database.transaction() as connection:
-            connection.execute(
-                update(runs)
-                .where(runs.c.id.in_(run_ids), runs.c.state == RunState.QUEUED, runs.c.enqueued_at.is_(None))
-                # Never before the caller's ETA; GREATEST passes over NULL.
-                .values(enqueued_at=clock, wake_at=func.greatest(from_now(SILENCE), runs.c.next_attempt_at))
-            )
+            connection.execute(_MARK_ENQUEUED, {"run_ids": list(run_ids)})
 
     def fail(self, run_id: UUID, error: OrchestratorError) -> None:
         """End a running run as failed, with the error's code and sentence."""
@@ -388,16 +406,17 @@ class _Due:
 # --- Parts of transactions ---------------------------------------------------------------------------------
 
 
-def _accept(connection: Connection, news: Sequence[NewRun], *, delivered: bool) -> list[_Accepted]:
+def _accept(
+    connection: Connection, news: Sequence[NewRun], *, delivered: bool, actor: str | None, reason: str | None
+) -> list[_Accepted]:
     """Insert runs; return of each whether it is new, and else what the one with its id was asked for."""
-    common = {"state": RunState.QUEUED, "enqueued_at": clock if delivered else None}
-    wake_at = from_now(SILENCE if delivered else ENQUEUE_GRACE)
     created = insert_runs(
         connection,
-        [
-            identity_of(new) | common | {"next_attempt_at": new.not_before, "wake_at": new.not_before or wake_at}
-            for new in news
-        ],
+        [identity_of(new) | {"next_attempt_at": new.not_before} for new in news],
+        RunState.QUEUED,
+        delivered=delivered,
+        actor=actor,
+        reason=reason,
     )
     return [
         (new, True, new.arguments)
@@ -536,22 +555,6 @@ def _unfinished_of(connection: Connection, task_id: int) -> UUID | None:
     statement = select(runs.c.id).where(runs.c.task_id == task_id, runs.c.finished_at.is_(None))
     run_id: UUID | None = connection.scalar(statement.order_by(runs.c.created_at).limit(1))
     return run_id
-
-
-def _audit_starts(connection: Connection, actor: str, reason: str | None, news: Sequence[NewRun]) -> None:
-    rows = [
-        {
-            "actor": actor,
-            "action": "start",
-            "run_id": new.run_id,
-            "task_id": identity_of(new).get("task_id"),
-            "reason": reason,
-            "after": {"state": RunState.QUEUED},
-        }
-        for new in news
-    ]
-    if rows:
-        connection.execute(insert(audit_events), rows)
 
 
 def _audit(

@@ -4,11 +4,30 @@ Decides what an edge of ``domain.TRANSITIONS`` writes, on the database's clock; 
 stories' business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Row, case, exists, func, insert, literal_column, or_, select, update
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Connection,
+    Double,
+    Row,
+    Select,
+    Text,
+    bindparam,
+    case,
+    exists,
+    func,
+    insert,
+    literal,
+    literal_column,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from orchestrator.domain import (
@@ -27,7 +46,7 @@ from orchestrator.domain import (
 )
 from orchestrator.errors import IllegalTransitionError, RunNotFoundError
 from orchestrator.measures import RUN_DURATION, RUN_START_DELAY, RUNS_CREATED, RUNS_FINISHED
-from orchestrator.schema import dispatches, run_events, runs
+from orchestrator.schema import audit_events, dispatches, run_events, runs
 from orchestrator.telemetry import Event, logger
 
 ENQUEUE_GRACE: Final = 2.0
@@ -62,9 +81,6 @@ _WAITED: Final = (
 # Whoever makes these may be a command line that is gone before anybody asks it what it counted.
 _COUNTED_WHEN_STARTED: Final = frozenset({Trigger.CLI, Trigger.BACKFILL})
 
-# Of one INSERT: PostgreSQL takes 65,535 parameters.
-_ROWS: Final = 1_000
-
 _EVENTS: Final = {
     RunState.QUEUED: Event.RUN_REVIVED,
     RunState.RUNNING: Event.RUN_STARTED,
@@ -84,10 +100,6 @@ def identity_of(new: NewRun) -> dict[str, object]:
         "traceparent": new.traceparent,
         "celery_id": new.celery_id,
         "retry_of": new.retry_of,
-        # Of runs that are inserted together each has every column: SQLAlchemy takes those of the first for all.
-        "task_id": None,
-        "data_source_id": None,
-        "theme_name": None,
     }
     match new.arguments:
         case CrawlArguments(task_id):
@@ -119,20 +131,92 @@ def wake_up_of(run: Row[Any]) -> WakeUp:
     return WakeUp(run.id, arguments, run.traceparent, run.wake_number)
 
 
-def insert_runs(connection: Connection, rows: Sequence[dict[str, object]]) -> set[UUID]:
-    """Insert runs and record them; return which are new: of those whose id is taken nothing changes."""
-    created: set[UUID] = set()
-    for first in range(0, len(rows), _ROWS):
-        some = upsert(runs).values(rows[first : first + _ROWS])
-        made = connection.execute(some.on_conflict_do_nothing(index_elements=[runs.c.id]).returning(runs)).all()
-        if made:
-            connection.execute(insert(run_events), [_event(run, Event.RUN_ACCEPTED, *_reason(run)) for run in made])
-        created |= {run.id for run in made}
-    return created
+_IDENTITY: Final = (
+    "id",
+    "kind",
+    "trigger",
+    "traceparent",
+    "celery_id",
+    "retry_of",
+    "task_id",
+    "data_source_id",
+    "theme_name",
+    "next_attempt_at",
+)
 
 
-def _reason(run: Row[Any]) -> tuple[str | None, str | None]:
-    return run.error_code, run.error_message
+def _inserting() -> Select[Any]:
+    """Return the statement that inserts any number of runs, their events and, if there is an actor, audit events.
+
+    One, and made once: most of what it costs to accept a run is to make statements and to exchange them.
+    """
+    arrays = [bindparam(name, type_=ARRAY(runs.c[name].type)) for name in _IDENTITY]
+    given = func.unnest(*arrays).table_valued(*_IDENTITY).render_derived("given")
+    state, actor = bindparam("state", type_=Text), bindparam("actor", type_=Text)
+    values = {name: given.c[name] for name in _IDENTITY} | {
+        "state": state,
+        "error_code": bindparam("code", type_=Text),
+        "error_message": bindparam("message", type_=Text),
+        "enqueued_at": case((bindparam("delivered", type_=Boolean), clock)),
+        "wake_at": func.coalesce(given.c.next_attempt_at, from_now(bindparam("wake_in", type_=Double))),
+        "finished_at": case((state.in_([each.value for each in TERMINAL]), clock)),
+    }
+    created = (
+        upsert(runs)
+        .from_select(list(values), select(*values.values()))
+        .on_conflict_do_nothing(index_elements=[runs.c.id])
+        .returning(runs.c.id, runs.c.task_id, runs.c.state, runs.c.error_code, runs.c.error_message)
+        .cte("created")
+    )
+    event = [
+        created.c.id,
+        literal(Event.RUN_ACCEPTED.value),
+        created.c.state,
+        *created.c["error_code", "error_message"],
+    ]
+    told = insert(run_events).from_select(["run_id", "event", "state", "code", "message"], select(*event))
+    audit = {
+        "run_id": created.c.id,
+        "task_id": created.c.task_id,
+        "actor": actor,
+        "action": literal("start"),
+        "reason": bindparam("reason", type_=Text),
+        "after": func.jsonb_build_object("state", created.c.state),
+    }
+    audited = insert(audit_events).from_select(list(audit), select(*audit.values()).where(actor.is_not(None)))
+    return select(created.c.id).add_cte(told.cte("told"), audited.cte("audited"))
+
+
+_INSERT: Final = _inserting()
+
+
+def insert_runs(
+    connection: Connection,
+    rows: Sequence[Mapping[str, object]],
+    state: RunState,
+    *,
+    code: str | None = None,
+    message: str | None = None,
+    delivered: bool = False,
+    actor: str | None = None,
+    reason: str | None = None,
+) -> set[UUID]:
+    """Insert runs and record them; return which are new: of those whose id is taken nothing changes.
+
+    Args:
+        connection: of the transaction.
+        rows: of each run what :func:`identity_of` has, and ``next_attempt_at``, before which it does not begin.
+        state: of all of them.
+        code: why they are over, if they are.
+        message: the same for people.
+        delivered: a worker holds a message about them, so that they need no wake-up soon.
+        actor: who started them, if it is to be in the audit log.
+        reason: why.
+    """
+    wake_in = None if state in TERMINAL else SILENCE if delivered else ENQUEUE_GRACE
+    arrays = {name: [row.get(name) for row in rows] for name in _IDENTITY}
+    facts = {"state": state, "code": code, "message": message, "delivered": delivered, "wake_in": wake_in}
+    return set(connection.scalars(_INSERT, arrays | facts | {"actor": actor, "reason": reason}))
 
 
 def run_row(connection: Connection, run_id: UUID, *, lock: bool = False) -> Row[Any]:
