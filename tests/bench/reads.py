@@ -110,7 +110,7 @@ class Reader:
 
     def pages_of_runs(self) -> None:
         self._ask("newest page", self._page(RunFilter()))
-        page = partial(self._insights.page_runs, limit=PAGE)
+        page = partial(self._insights.search_runs, limit=PAGE)
         self._ask("any page, by cursor", lambda: page(RunFilter(), after=(self._moment(), uuid4())))
         for what, wanted in (
             ("kind: site analyses", RunFilter(kind=RunKind.SITE_ANALYSIS)),
@@ -149,7 +149,7 @@ class Reader:
 
     def one_run(self) -> None:
         insights, large = self._insights, self._large
-        ids = [view.id for view in insights.page_runs(RunFilter(until=self._moment()), limit=200)]
+        ids = [view.id for view in insights.search_runs(RunFilter(until=self._moment()), limit=200).runs]
 
         def detail() -> None:
             run_id = self._random.choice(ids)
@@ -219,7 +219,7 @@ class Reader:
         return count
 
     def _page(self, wanted: RunFilter, after: tuple[datetime, UUID] | None = None) -> Callable[[], object]:
-        return partial(self._insights.page_runs, wanted, limit=PAGE, after=after)
+        return partial(self._insights.search_runs, wanted, limit=PAGE, after=after)
 
     def _month_ago(self, state: RunState) -> RunFilter:
         since = datetime.now(UTC) - timedelta(days=31)

@@ -55,6 +55,10 @@ WHERE task_id IN (1, 2)
 """
 
 
+def _key(view: RunView) -> tuple[datetime, UUID]:
+    return view.created_at, view.id
+
+
 def pages(ask: Callable[..., Sequence[Row]], key: Callable[[Row], Any], limit: int = 4) -> list[Row]:
     """Read page after page until one is empty."""
     found: list[Row] = []
@@ -108,45 +112,48 @@ def test_pages_show_every_run_that_fits_once(
     insights: Insights, monkeypatch: pytest.MonkeyPatch, wanted: RunFilter, fits: Callable[[RunView], bool], many: int
 ) -> None:
     monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", many)
-    everything = insights.page_runs(RunFilter(), limit=100)
+    everything = insights.search_runs(RunFilter(), limit=100).runs
     assert len(everything) == 60
     assert everything == sorted(everything, key=lambda view: (view.created_at, view.id), reverse=True)
 
-    found = pages(partial(insights.page_runs, wanted), lambda view: (view.created_at, view.id))
+    monkeypatch.setattr("orchestrator.insights.runs.MOST_PROBED", 7)
+    found: list[RunView] = []
+    page = insights.search_runs(wanted, limit=4, most=5)
+    first = page
+    while page.following is not None:
+        found += page.runs
+        assert all(_key(run) >= page.following for run in page.runs)
+        page = insights.search_runs(wanted, limit=4, after=page.following)
+    found += page.runs
 
     assert found == [view for view in everything if fits(view)]
-    searched = insights.search_runs(wanted, limit=2, most=5)
-    assert searched.runs == found[:2]
-    # Of a common data source only what the page has is counted.
-    common = (
-        wanted.data_source_id == 6 and many == 1 and wanted.kind is not RunKind.SITE_ANALYSIS and not wanted.theme_name
-    )
-    counted = min(len(found), 2 if common else 5)
-    assert (searched.counted, searched.exact) == (counted, counted == len(found) and not common)
+    # Of a common data source only what is on the page is counted.
+    of_plan = wanted.data_source_id is not None and wanted.kind is not RunKind.SITE_ANALYSIS and not wanted.theme_name
+    counted = len(first.runs) if of_plan and many == 1 and first.following else min(len(found), 5)
+    assert (first.counted, first.exact) == (counted, counted == len(found) and not (of_plan and first.following))
 
 
-def test_a_common_data_source_is_looked_for_among_the_newest_runs(
+def test_a_page_looks_into_so_many_runs_for_a_common_data_source(
     insights: Insights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything = insights.page_runs(RunFilter(), limit=100)
+    everything = insights.search_runs(RunFilter(), limit=100).runs
     common, rare = RunFilter(data_source_id=6), RunFilter(data_source_id=99)
     fitting = list(filter(_of_source, everything))
+    all_of_them = FoundRuns(fitting, None, len(fitting), exact=True)
     search = partial(insights.search_runs, limit=100, most=100)
-    assert search(common) == FoundRuns(fitting, len(fitting), exact=True, since=None)
+    assert search(common) == all_of_them
 
     monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", 2)
-    assert search(common) == FoundRuns(fitting, len(fitting), exact=True, since=None), "there are not that many runs"
+    assert search(common) == all_of_them, "there are not that many runs"
     monkeypatch.setattr("orchestrator.insights.runs.MOST_PROBED", 10)
 
-    since = everything[10].created_at
-    near = [view for view in fitting if view.created_at >= since]
-    assert search(common) == FoundRuns(near, len(near), exact=True, since=since)
-    first = search(common, limit=2)
-    assert first == FoundRuns(near[:2], 2, exact=False, since=since)
-    position = first.runs[-1].created_at, first.runs[-1].id
-    assert search(replace(common, since=since), limit=2, after=position).runs == near[2:4]
+    first = search(common)
+    crawls = [view for view in everything if view.kind is RunKind.CRAWL]
+    near = [view for view in fitting if _key(view) >= _key(crawls[9])]
+    assert first == FoundRuns(near, _key(crawls[9]), len(near), exact=False)
+    assert search(common, limit=2) == FoundRuns(near[:2], _key(near[1]), 2, exact=False)
     for narrow in (rare, replace(common, kind=RunKind.SITE_ANALYSIS), replace(common, theme_name="news"), RunFilter()):
-        assert search(narrow).since is None
+        assert search(narrow).exact
 
 
 def test_a_prepared_statement_of_any_filter_stays_on_its_index(bench: Workbench) -> None:
@@ -167,7 +174,7 @@ def test_a_prepared_statement_of_any_filter_stays_on_its_index(bench: Workbench)
         (RunFilter(theme_name="x"), "runs_theme_name_created_at_id_idx"),
         (RunFilter(kind=RunKind.SITE_ANALYSIS), "runs_site_analysis_created_at_id_idx"),
     ):
-        Explained(bench, partial(insights.page_runs, wanted, limit=50)).assert_by("runs", index, looked_at=0)
+        Explained(bench, partial(insights.search_runs, wanted, limit=50)).assert_by("runs", index, looked_at=0)
 
 
 def test_a_run_says_what_it_does(bench: Workbench) -> None:

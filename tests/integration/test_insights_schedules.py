@@ -119,7 +119,7 @@ def test_sql_and_the_domain_make_the_same_traceparent(rota: Rota) -> None:
     rota.go("13:00")
     rota.ledger.schedules.backfill(1, [at("11:00")], actor="ann")
 
-    runs = Insights(rota.bench.database).page_runs(RunFilter(task_id=1), limit=10)
+    runs = Insights(rota.bench.database).search_runs(RunFilter(task_id=1), limit=10).runs
 
     assert {run.trigger for run in runs} == {Trigger.SCHEDULE, Trigger.BACKFILL}
     assert [run.traceparent for run in runs] == [traceparent_of(run.id) for run in runs]

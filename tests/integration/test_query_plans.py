@@ -220,27 +220,27 @@ def test_the_next_run_that_waits_for_a_call_is_found_by_its_index(bench: Workben
 def test_the_newest_runs_are_read_off_an_index(bench: Workbench) -> None:
     insights = Insights(bench.database)
 
-    explained = Explained(bench, lambda: insights.page_runs(RunFilter(), limit=50))
+    explained = Explained(bench, lambda: insights.search_runs(RunFilter(), limit=50))
 
-    explained.assert_by("runs", "runs_created_at_id_idx", looked_at=50)
+    explained.assert_by("runs", "runs_created_at_id_idx", looked_at=51)
 
 
 def test_the_newest_runs_of_a_task_are_read_off_an_index(bench: Workbench) -> None:
     insights = Insights(bench.database)
 
-    explained = Explained(bench, lambda: insights.page_runs(RunFilter(task_id=BUSY), limit=50))
+    explained = Explained(bench, lambda: insights.search_runs(RunFilter(task_id=BUSY), limit=50))
 
     # One more may be as old as the last: the index does not have the id.
-    explained.assert_by("runs", "runs_task_id_created_at_idx", looked_at=51)
+    explained.assert_by("runs", "runs_task_id_created_at_idx", looked_at=52)
 
 
 @pytest.mark.parametrize("state", [RunState.RUNNING, RunState.FAILED])
 def test_the_newest_runs_in_a_state_are_read_off_an_index_however_rare_it_is(bench: Workbench, state: RunState) -> None:
     insights = Insights(bench.database)
 
-    explained = Explained(bench, lambda: insights.page_runs(RunFilter(state=state), limit=50))
+    explained = Explained(bench, lambda: insights.search_runs(RunFilter(state=state), limit=50))
 
-    explained.assert_by("runs", "runs_state_created_at_id_idx", looked_at=50)
+    explained.assert_by("runs", "runs_state_created_at_id_idx", looked_at=51)
 
 
 @pytest.mark.parametrize(
@@ -261,21 +261,21 @@ def test_the_newest_runs_in_a_state_are_read_off_an_index_however_rare_it_is(ben
 def test_runs_are_searched_by_an_index_however_rare_they_are(bench: Workbench, wanted: RunFilter, index: str) -> None:
     insights = Insights(bench.database)
 
-    Explained(bench, lambda: insights.page_runs(wanted, limit=50)).assert_by("runs", index, looked_at=50)
+    Explained(bench, lambda: insights.search_runs(wanted, limit=50)).assert_by("runs", index, looked_at=51)
     counted = Explained(bench, lambda: insights.search_runs(wanted, limit=1, most=100))
     counted.assert_by("runs", index, looked_at=102)
 
 
 def test_any_page_costs_what_the_first_one_does(bench: Workbench) -> None:
     insights = Insights(bench.database)
-    (deep,) = insights.page_runs(RunFilter(until=EARLY), limit=1)
+    (deep,) = insights.search_runs(RunFilter(until=EARLY), limit=1).runs
 
     for wanted, index in (
         (RunFilter(), "runs_created_at_id_idx"),
         (RunFilter(state=RunState.RUNNING), "runs_state_created_at_id_idx"),
         (RunFilter(error_code="often"), "runs_error_code_created_at_id_idx"),
     ):
-        asked = Explained(bench, partial(insights.page_runs, wanted, limit=50, after=(deep.created_at, deep.id)))
+        asked = Explained(bench, partial(insights.search_runs, wanted, limit=50, after=(deep.created_at, deep.id)))
         asked.assert_by("runs", index, looked_at=51)
 
 
@@ -283,7 +283,7 @@ def test_all_runs_of_a_rare_data_source_are_looked_up(bench: Workbench) -> None:
     insights = Insights(bench.database)
 
     for wanted in (RunFilter(data_source_id=7), RunFilter(data_source_id=7, state=RunState.SUCCEEDED)):
-        explained = Explained(bench, partial(insights.page_runs, wanted, limit=50))
+        explained = Explained(bench, partial(insights.search_runs, wanted, limit=50))
         explained.assert_by("dispatches", "dispatches_source_idx", looked_at=3)
         explained.assert_by("runs", "runs_data_source_id_created_at_idx", "runs_pkey", looked_at=3)
 
@@ -292,9 +292,10 @@ def test_the_newest_runs_of_a_common_data_source_are_met_on_the_way(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", 3)
+    monkeypatch.setattr("orchestrator.insights.runs.MOST_PROBED", 10)
     insights = Insights(bench.database)
 
-    explained = Explained(bench, lambda: insights.page_runs(RunFilter(data_source_id=7), limit=3))
+    explained = Explained(bench, lambda: insights.search_runs(RunFilter(data_source_id=7), limit=3))
 
     explained.assert_by("runs", "runs_created_at_id_idx", "runs_data_source_id_created_at_idx", looked_at=10)
     explained.assert_by("dispatches", "dispatches_pkey", "dispatches_source_idx", looked_at=3)

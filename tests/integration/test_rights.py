@@ -198,7 +198,7 @@ def test_the_runtime_analyses_and_operates(bench: Workbench) -> None:
     node = Node("w1@host", "worker")
     bench.ledger.nodes.heartbeat(node, "1.0")
     insights = Insights(bench.database)
-    assert [view.id for view in insights.page_runs(RunFilter(), limit=10)] == [failed, canceled, run_id]
+    assert [view.id for view in insights.search_runs(RunFilter(), limit=10).runs] == [failed, canceled, run_id]
     assert len(insights.page_attempts(run_id, limit=10)) == 3
     assert [view.name for view in insights.nodes()] == ["w1@host"]
     bench.ledger.nodes.sign_off(node)

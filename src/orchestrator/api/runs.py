@@ -124,15 +124,13 @@ def list_runs(ours: Ours, query: Annotated[schemas.RunQuery, Query()]) -> schema
     since = position[0] if position else query.since or pages.window_of(ours)
     found = ours.insights.search_runs(
         RunFilter(**wanted | {"since": since}),
-        limit=query.limit + 1,
+        limit=query.limit,
+        after=(position[1], position[2]) if position else None,
         most=_COUNTED,
-        after=position[1:] if position else None,
     )
-    since = found.since or since
-    items, following = pages.paged(found.runs, query.limit, lambda run: (since, run.created_at, run.id), wanted)
     return schemas.RunPage(
-        items=[schemas.Run.model_validate(each) for each in items],
-        next_cursor=following,
+        items=[schemas.Run.model_validate(each) for each in found.runs],
+        next_cursor=pages.encode((since, *found.following), wanted) if found.following else None,
         total=schemas.Total(value=found.counted, relation="eq" if found.exact else "gte"),
         since=since,
     )

@@ -486,7 +486,7 @@ class Page(_Out, Generic[Item]):
     """Part of a list."""
 
     items: list[Item]
-    next_cursor: str | None = Field(description="where the list goes on; null: it ends here")
+    next_cursor: str | None = Field(description="where the list goes on, whatever is on this page; null: it ends here")
 
 
 class Total(_Out):
@@ -500,7 +500,4 @@ class RunPage(Page[Run]):
     """Part of the list of runs."""
 
     total: Total
-    since: datetime = Field(
-        description="runs before are not listed; the default shows some days, and a search for a data source with very "
-        "many runs ends sooner"
-    )
+    since: datetime = Field(description="runs before are not listed: by default some days are shown")

@@ -323,7 +323,7 @@ def runs(
 ) -> None:
     """List runs, newest first."""
     with session() as ours:
-        views = ours.insights.page_runs(RunFilter(kind, state, task_id), limit=limit)
+        views = ours.insights.search_runs(RunFilter(kind, state, task_id), limit=limit).runs
     if as_json:
         print_document({"runs": [_run_document(view) for view in views]})
         return

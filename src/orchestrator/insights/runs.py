@@ -1,7 +1,7 @@
 """Runs, and what is kept of each: its dispatches, its calls to the Discovery Service, and what happened to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -39,10 +39,10 @@ from orchestrator.errors import InvalidArgumentsError, RunNotFoundError
 from orchestrator.schema import attempts, dispatches, run_events, runs
 
 MOST_SKIPS: Final = 10_000
-MANY_RUNS: Final = 2_000
+MANY_RUNS: Final = 1_000
 """A data source with so many runs is a common one; of others all runs are looked at to find the newest ones."""
-MOST_PROBED: Final = 5_000
-"""Newest runs among which those of a common data source are looked for."""
+MOST_PROBED: Final = 2_000
+"""Runs that are looked into for a common data source, for one page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,21 +123,25 @@ class RunFilter:
     until: datetime | None = None
 
 
+Position = tuple[datetime, UUID]
+"""Of a run in a list: its ``created_at`` and ``id``."""
+
+
 @dataclass(frozen=True, slots=True)
 class FoundRuns:
     """Runs that fit a filter.
 
     Attributes:
         runs: a page of them, newest first.
+        following: after which the next page begins; none: there is none.
         counted: how many fit in all, or at least.
         exact: whether these are all.
-        since: from where on they were looked for; none: everywhere.
     """
 
     runs: list[RunView]
+    following: Position | None
     counted: int
     exact: bool
-    since: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,39 +215,32 @@ class RunInsights:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def search_runs(
-        self, wanted: RunFilter, *, limit: int, most: int, after: tuple[datetime, UUID] | None = None
-    ) -> FoundRuns:
-        """Find runs, newest first, and how many there are.
+    def search_runs(self, wanted: RunFilter, *, limit: int, after: Position | None = None, most: int = 0) -> FoundRuns:
+        """Find runs, newest first.
 
-        The runs of a common data source are looked for among the newest :data:`MOST_PROBED` only, for none of the
-        others need have it; and those beyond the page are not counted.
+        For the runs of a common data source :data:`MOST_PROBED` are looked into, so that no page takes long: one may
+        have few or none of them, and another one following all the same. Those beyond the page are not counted.
 
         Args:
-            wanted: which; to go on, with the ``since`` of the first page.
+            wanted: which.
             limit: at most so many on the page.
-            most: counted up to so many; not less than ``limit``.
-            after: go on after the run with this ``created_at`` and ``id``.
+            after: go on after this one.
+            most: count how many there are up to so many; 0: do not.
         """
         with self._database.reading() as connection:
             common = _is_common(connection, wanted)
-            if common and after is None:
-                wanted = _within_reach(connection, wanted)
-            alternatives = _alternatives(wanted, common=common)
-            found = [_run_view(row) for row in connection.execute(_newest(_RUN_COLUMNS, alternatives, limit, after))]
-            counted, exact = len(found), after is None and len(found) < limit
-            if not common and not exact:
-                some = _newest(list(_KEYS), alternatives, most + 1, None).subquery()
+            rows = connection.execute(_newest(_RUN_COLUMNS, wanted, limit + 1, after, common=common))
+            found = [_run_view(row) for row in rows]
+            following = _position(found[limit - 1]) if len(found) > limit else None
+            if common and following is None:
+                following = _last_probed(connection, wanted, after)
+                found = [run for run in found if following is None or _position(run) >= following]
+            counted, exact = len(found[:limit]), after is None and following is None
+            if most and not common and not exact:
+                some = _newest(_KEYS, wanted, most + 1, None, common=False).subquery()
                 counted = connection.scalar(select(func.count()).select_from(some)) or 0
                 exact = counted <= most
-        return FoundRuns(found, min(counted, most), exact, wanted.since)
-
-    def page_runs(self, wanted: RunFilter, *, limit: int, after: tuple[datetime, UUID] | None = None) -> list[RunView]:
-        """Return runs, newest first; see :meth:`search_runs`."""
-        with self._database.reading() as connection:
-            alternatives = _alternatives(wanted, common=_is_common(connection, wanted))
-            rows = connection.execute(_newest(_RUN_COLUMNS, alternatives, limit, after))
-            return [_run_view(row) for row in rows]
+        return FoundRuns(found[:limit], following, min(counted, most) if most else counted, exact)
 
     def run(self, run_id: UUID) -> RunView:
         """Return one run.
@@ -351,33 +348,44 @@ class RunInsights:
 
 
 def _newest(
-    columns: Sequence[ColumnElement[Any]],
-    alternatives: Sequence[Conditions],
-    limit: int,
-    after: tuple[datetime, UUID] | None,
+    columns: Sequence[ColumnElement[Any]], wanted: RunFilter, limit: int, after: Position | None, *, common: bool
 ) -> Select[Any]:
-    """Select the newest runs that fit one of several lists of conditions; no run fits two."""
-    pages = [select(*columns).where(*each).order_by(*_NEWEST_FIRST).limit(limit) for each in alternatives]
-    if after is not None:
-        older = tuple_(*_KEYS) < tuple_(*(literal(value, key.type) for key, value in zip(_KEYS, after, strict=True)))
-        pages = [page.where(older) for page in pages]
-    if len(pages) == 1:
-        return pages[0]
-    # Each is read off an index of its own; an OR of them would be read off none.
-    page = union_all(*(select(each.subquery()) for each in pages)).subquery()
-    return select(page).order_by(page.c.created_at.desc(), page.c.id.desc()).limit(limit)
+    """Select the newest runs that fit."""
 
+    def page(*conditions: ColumnElement[bool]) -> Select[Any]:
+        return select(*columns).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit)
 
-def _alternatives(wanted: RunFilter, *, common: bool) -> list[Conditions]:
-    """Return what to search for: the filter's conditions, or two lists, for a data source is in runs of either kind."""
-    conditions = _conditions(wanted)
+    conditions = _conditions(wanted, after)
     if wanted.data_source_id is None:
-        return [conditions]
-    alternatives = [[*conditions, runs.c.data_source_id == wanted.data_source_id]]
-    if _is_planned(wanted):
-        in_plan = _in_plan_of_common(wanted.data_source_id) if common else _in_plan(wanted.data_source_id)
-        alternatives.append([*conditions, runs.c.kind == RunKind.CRAWL, in_plan])
-    return alternatives
+        return page(*conditions)
+    pages = [page(*conditions, runs.c.data_source_id == wanted.data_source_id)]
+    if _is_planned(wanted) and common:
+        pages.append(_probed(columns, _crawls(wanted, after), wanted.data_source_id).limit(limit))
+    elif _is_planned(wanted):
+        pages.append(page(*_crawls(wanted, after), _in_plan(wanted.data_source_id)))
+    # Each is read off an index of its own, and no run is on both; an OR would be read off none.
+    either = union_all(*(select(each.subquery()) for each in pages)).subquery()
+    return select(either).order_by(either.c.created_at.desc(), either.c.id.desc()).limit(limit)
+
+
+def _conditions(wanted: RunFilter, after: Position | None) -> Conditions:
+    conditions = [runs.c[name] == getattr(wanted, name) for name in _EQUAL if getattr(wanted, name) is not None]
+    if wanted.since is not None:
+        conditions.append(runs.c.created_at >= wanted.since)
+    if wanted.until is not None:
+        conditions.append(runs.c.created_at < wanted.until)
+    if wanted.trigger not in {None, Trigger.SCHEDULE}:
+        conditions.append(_NOT_SCHEDULED)
+    if wanted.kind is RunKind.SITE_ANALYSIS:
+        conditions.append(_ANALYSIS)
+    if after is not None:
+        position = (literal(value, key.type) for key, value in zip(_KEYS, after, strict=True))
+        conditions.append(tuple_(*_KEYS) < tuple_(*position))
+    return conditions
+
+
+# --- Crawl runs by data source. The planner has to guess how many there are, and a wrong guess costs seconds: so there
+# --- are two ways, and we say which.
 
 
 def _is_planned(wanted: RunFilter) -> bool:
@@ -389,30 +397,15 @@ def _is_common(connection: Connection, wanted: RunFilter) -> bool:
     """Whether the crawl runs of a data source are too many to be looked up one by one."""
     if not _is_planned(wanted):
         return False
-    one = select(true()).select_from(dispatches).where(_source == wanted.data_source_id)
-    return connection.scalar(one.offset(MANY_RUNS - 1).limit(1)) is True
+    # A range in order, which an index has: with an equation all of its entries would be collected first.
+    of_source = (
+        select(true()).select_from(dispatches).where(_source.between(wanted.data_source_id, wanted.data_source_id))
+    )
+    return connection.scalar(of_source.order_by(_source).offset(MANY_RUNS - 1).limit(1)) is True
 
 
-def _within_reach(connection: Connection, wanted: RunFilter) -> RunFilter:
-    newest = select(runs.c.created_at).where(*_conditions(wanted)).order_by(*_NEWEST_FIRST)
-    last = connection.scalar(newest.offset(MOST_PROBED).limit(1))
-    return wanted if last is None else replace(wanted, since=last)
-
-
-def _conditions(wanted: RunFilter) -> Conditions:
-    conditions = [runs.c[name] == getattr(wanted, name) for name in _EQUAL if getattr(wanted, name) is not None]
-    if wanted.since is not None:
-        conditions.append(runs.c.created_at >= wanted.since)
-    if wanted.until is not None:
-        conditions.append(runs.c.created_at < wanted.until)
-    if wanted.trigger not in {None, Trigger.SCHEDULE}:
-        conditions.append(_NOT_SCHEDULED)
-    if wanted.kind is RunKind.SITE_ANALYSIS:
-        conditions.append(_ANALYSIS)
-    return conditions
-
-
-# The planner has to guess how many runs have a data source, and a wrong guess costs seconds: so it is told how to go.
+def _crawls(wanted: RunFilter, after: Position | None) -> Conditions:
+    return [*_conditions(wanted, after), runs.c.kind == RunKind.CRAWL]
 
 
 def _in_plan(data_source_id: int) -> ColumnElement[bool]:
@@ -421,10 +414,22 @@ def _in_plan(data_source_id: int) -> ColumnElement[bool]:
     return runs.c.id == func.any(func.array(of_source.scalar_subquery()))
 
 
-def _in_plan_of_common(data_source_id: int) -> ColumnElement[bool]:
-    """Return the condition for a common data source: it is soon met on the way through the newest runs."""
-    of_run = (dispatches.c.run_id == runs.c.id) & (dispatches.c.data_source_id == data_source_id)
-    return select(true()).where(of_run).limit(1).scalar_subquery()
+def _probed(columns: Sequence[ColumnElement[Any]], crawls: Conditions, data_source_id: int) -> Select[Any]:
+    """Select those of the newest runs that have a dispatch for a common data source, by looking into one by one."""
+    newest = select(*columns).where(*crawls).order_by(*_NEWEST_FIRST).limit(MOST_PROBED).subquery("newest")
+    of_run = (dispatches.c.run_id == newest.c.id) & (dispatches.c.data_source_id == data_source_id)
+    has_it = select(true()).where(of_run).limit(1).scalar_subquery()
+    return select(newest).where(has_it).order_by(newest.c.created_at.desc(), newest.c.id.desc())
+
+
+def _last_probed(connection: Connection, wanted: RunFilter, after: Position | None) -> Position | None:
+    """Return the last run that was looked into, if there are more."""
+    probed = select(*_KEYS).where(*_crawls(wanted, after)).order_by(*_NEWEST_FIRST)
+    row = connection.execute(probed.offset(MOST_PROBED - 1).limit(1)).one_or_none()
+    return None if row is None else (row.created_at, row.id)
+
+
+# --- The rest ------------------------------------------------------------------------------------------------------
 
 
 def _in_state(run_id: UUID, state: DispatchState) -> Conditions:
@@ -438,6 +443,10 @@ def _in_state(run_id: UUID, state: DispatchState) -> Conditions:
         DispatchState.PUBLISHED: runs.c.published > 0,
     }
     return [dispatches.c.state == state, exists().where(runs.c.id == run_id, left[state])]
+
+
+def _position(run: RunView) -> Position:
+    return run.created_at, run.id
 
 
 def _run_view(row: Sequence[Any]) -> RunView:
