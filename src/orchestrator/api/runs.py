@@ -11,9 +11,11 @@ from sqlalchemy import Connection
 
 from orchestrator import explain
 from orchestrator.api import pages, schemas
+from orchestrator.api.pages import Item
 from orchestrator.api.problems import problems
 from orchestrator.api.requests import Once, Outcome
 from orchestrator.api.security import Ours, Routes
+from orchestrator.bootstrap import Services
 from orchestrator.domain import (
     AnalysisArguments,
     CrawlArguments,
@@ -144,9 +146,10 @@ def show_run(ours: Ours, run_id: RunId) -> schemas.RunDetail:
         {
             "run": view,
             "waits_for": explain.waits_for(ours.insights, view),
-            "skip_reasons": ours.insights.skip_reasons(run_id),
-            "attempts": ours.insights.page_attempts(run_id, limit=_SHOWN, after=None),
-            "timeline": ours.insights.page_events(run_id, limit=_SHOWN, after=None),
+            # Most runs have none of one or the other.
+            "skip_reasons": ours.insights.skip_reasons(run_id) if view.skipped else {},
+            "attempts": ours.insights.page_attempts(run_id, limit=_SHOWN) if view.attempts else [],
+            "timeline": ours.insights.page_events(run_id, limit=_SHOWN),
         },
         from_attributes=True,
     )
@@ -159,9 +162,8 @@ def list_attempts(
     """List the calls that a site analysis made to the Discovery Service, oldest first."""
     of = {"attempts": run_id}
     after = pages.after_number(query.cursor, of, pages.small_number)
-    ours.insights.run(run_id)
     found = ours.insights.page_attempts(run_id, limit=query.limit + 1, after=after)
-    items, following = pages.paged(found, query.limit, lambda attempt: (attempt.number,), of)
+    items, following = pages.paged(_of(ours, run_id, found), query.limit, lambda attempt: (attempt.number,), of)
     return schemas.Page[schemas.Attempt](items=list(map(schemas.Attempt.model_validate, items)), next_cursor=following)
 
 
@@ -170,9 +172,8 @@ def list_events(ours: Ours, run_id: RunId, query: Annotated[schemas.PageQuery, Q
     """List what happened to a run, oldest first."""
     of = {"events": run_id}
     after = pages.after_number(query.cursor, of)
-    ours.insights.run(run_id)
     found = ours.insights.page_events(run_id, limit=query.limit + 1, after=after)
-    items, following = pages.paged(found, query.limit, lambda event: (event.id,), of)
+    items, following = pages.paged(_of(ours, run_id, found), query.limit, lambda event: (event.id,), of)
     return schemas.Page[schemas.Event](items=list(map(schemas.Event.model_validate, items)), next_cursor=following)
 
 
@@ -183,12 +184,24 @@ def list_dispatches(
     """List the data sources of a crawl run, by their ids."""
     of = {"dispatches": run_id, "state": query.state}
     after = pages.after_number(query.cursor, of)
-    ours.insights.run(run_id)
     found = ours.insights.page_dispatches(run_id, limit=query.limit + 1, after=after, state=query.state)
-    items, following = pages.paged(found, query.limit, lambda dispatch: (dispatch.data_source_id,), of)
+    items, following = pages.paged(
+        _of(ours, run_id, found), query.limit, lambda dispatch: (dispatch.data_source_id,), of
+    )
     return schemas.Page[schemas.Dispatch](
         items=list(map(schemas.Dispatch.model_validate, items)), next_cursor=following
     )
+
+
+def _of(ours: Services, run_id: UUID, found: Sequence[Item]) -> Sequence[Item]:
+    """Return what was found about a run.
+
+    Raises:
+        RunNotFoundError: nothing was, for there is no such run.
+    """
+    if not found:
+        ours.insights.run(run_id)
+    return found
 
 
 @routes.get("/crawl-tasks/{task_id}/plan", response_model=schemas.Plan, responses=problems(404))

@@ -351,21 +351,22 @@ def _newest(
     columns: Sequence[ColumnElement[Any]], wanted: RunFilter, limit: int, after: Position | None, *, common: bool
 ) -> Select[Any]:
     """Select the newest runs that fit."""
-
-    def page(*conditions: ColumnElement[bool]) -> Select[Any]:
-        return select(*columns).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit)
-
     conditions = _conditions(wanted, after)
     if wanted.data_source_id is None:
-        return page(*conditions)
-    pages = [page(*conditions, runs.c.data_source_id == wanted.data_source_id)]
+        return _page(columns, conditions, limit)
+    pages = [_page(_KEYS, [*conditions, runs.c.data_source_id == wanted.data_source_id], limit)]
     if _is_planned(wanted) and common:
-        pages.append(_probed(columns, _crawls(wanted, after), wanted.data_source_id).limit(limit))
+        pages.append(_probed(_crawls(wanted, after), wanted.data_source_id, limit))
     elif _is_planned(wanted):
-        pages.append(page(*_crawls(wanted, after), _in_plan(wanted.data_source_id)))
+        pages.append(_page(_KEYS, [*_crawls(wanted, after), _in_plan(wanted.data_source_id)], limit))
     # Each is read off an index of its own, and no run is on both; an OR would be read off none.
     either = union_all(*(select(each.subquery()) for each in pages)).subquery()
-    return select(either).order_by(either.c.created_at.desc(), either.c.id.desc()).limit(limit)
+    newest = select(either.c.id).order_by(either.c.created_at.desc(), either.c.id.desc()).limit(limit).subquery()
+    return select(*columns).join_from(newest, runs, runs.c.id == newest.c.id).order_by(*_NEWEST_FIRST)
+
+
+def _page(columns: Sequence[ColumnElement[Any]], conditions: Conditions, limit: int) -> Select[Any]:
+    return select(*columns).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit)
 
 
 def _conditions(wanted: RunFilter, after: Position | None) -> Conditions:
@@ -414,18 +415,17 @@ def _in_plan(data_source_id: int) -> ColumnElement[bool]:
     return runs.c.id == func.any(func.array(of_source.scalar_subquery()))
 
 
-def _probed(columns: Sequence[ColumnElement[Any]], crawls: Conditions, data_source_id: int) -> Select[Any]:
+def _probed(crawls: Conditions, data_source_id: int, limit: int) -> Select[Any]:
     """Select those of the newest runs that have a dispatch for a common data source, by looking into one by one."""
-    newest = select(*columns).where(*crawls).order_by(*_NEWEST_FIRST).limit(MOST_PROBED).subquery("newest")
+    newest = _page(_KEYS, crawls, MOST_PROBED).subquery("newest")
     of_run = (dispatches.c.run_id == newest.c.id) & (dispatches.c.data_source_id == data_source_id)
     has_it = select(true()).where(of_run).limit(1).scalar_subquery()
-    return select(newest).where(has_it).order_by(newest.c.created_at.desc(), newest.c.id.desc())
+    return select(newest).where(has_it).order_by(newest.c.created_at.desc(), newest.c.id.desc()).limit(limit)
 
 
 def _last_probed(connection: Connection, wanted: RunFilter, after: Position | None) -> Position | None:
     """Return the last run that was looked into, if there are more."""
-    probed = select(*_KEYS).where(*_crawls(wanted, after)).order_by(*_NEWEST_FIRST)
-    row = connection.execute(probed.offset(MOST_PROBED - 1).limit(1)).one_or_none()
+    row = connection.execute(_page(_KEYS, _crawls(wanted, after), 1).offset(MOST_PROBED - 1)).one_or_none()
     return None if row is None else (row.created_at, row.id)
 
 
