@@ -229,7 +229,7 @@ class RunInsights:
         """
         with self._database.reading() as connection:
             common = _is_common(connection, wanted)
-            rows = connection.execute(_newest(_RUN_COLUMNS, wanted, limit + 1, after, common=common))
+            rows = connection.execute(_newest(wanted, limit + 1, after, common=common))
             found = [_run_view(row) for row in rows]
             following = _position(found[limit - 1]) if len(found) > limit else None
             if common and following is None:
@@ -237,8 +237,7 @@ class RunInsights:
                 found = [run for run in found if following is None or _position(run) >= following]
             counted, exact = len(found[:limit]), after is None and following is None
             if most and not common and not exact:
-                some = _newest(_KEYS, wanted, most + 1, None, common=False).subquery()
-                counted = connection.scalar(select(func.count()).select_from(some)) or 0
+                counted = connection.scalar(_count(wanted, most + 1)) or 0
                 exact = counted <= most
         return FoundRuns(found[:limit], following, min(counted, most) if most else counted, exact)
 
@@ -347,22 +346,36 @@ class RunInsights:
 # --- Statements ----------------------------------------------------------------------------------------------------
 
 
-def _newest(
-    columns: Sequence[ColumnElement[Any]], wanted: RunFilter, limit: int, after: Position | None, *, common: bool
-) -> Select[Any]:
+def _newest(wanted: RunFilter, limit: int, after: Position | None, *, common: bool) -> Select[Any]:
     """Select the newest runs that fit."""
-    conditions = _conditions(wanted, after)
     if wanted.data_source_id is None:
-        return _page(columns, conditions, limit)
-    pages = [_page(_KEYS, [*conditions, runs.c.data_source_id == wanted.data_source_id], limit)]
+        return _page(_RUN_COLUMNS, _conditions(wanted, after), limit)
+    newest = _newest_of_source(wanted.data_source_id, wanted, limit, after, common=common).subquery()
+    return select(*_RUN_COLUMNS).join_from(newest, runs, runs.c.id == newest.c.id).order_by(*_NEWEST_FIRST)
+
+
+def _count(wanted: RunFilter, limit: int) -> Select[Any]:
+    """Count the runs that fit, up to a limit; not for a common data source."""
+    # In order, or else the planner takes a walk through the table. Without their ids, which some indexes do not have.
+    some: Select[Any] = select(true()).select_from(runs).where(*_conditions(wanted, None))
+    some = some.order_by(runs.c.created_at.desc()).limit(limit)
+    if wanted.data_source_id is not None:
+        some = _newest_of_source(wanted.data_source_id, wanted, limit, None, common=False)
+    return select(func.count()).select_from(some.subquery())
+
+
+def _newest_of_source(
+    source: int, wanted: RunFilter, limit: int, after: Position | None, *, common: bool
+) -> Select[Any]:
+    """Select the keys of the newest runs of a data source, which may be in runs of either kind."""
+    pages = [_page(_KEYS, [*_conditions(wanted, after), runs.c.data_source_id == source], limit)]
     if _is_planned(wanted) and common:
-        pages.append(_probed(_crawls(wanted, after), wanted.data_source_id, limit))
+        pages.append(_probed(_crawls(wanted, after), source, limit))
     elif _is_planned(wanted):
-        pages.append(_page(_KEYS, [*_crawls(wanted, after), _in_plan(wanted.data_source_id)], limit))
+        pages.append(_page(_KEYS, [*_crawls(wanted, after), _in_plan(source)], limit))
     # Each is read off an index of its own, and no run is on both; an OR would be read off none.
     either = union_all(*(select(each.subquery()) for each in pages)).subquery()
-    newest = select(either.c.id).order_by(either.c.created_at.desc(), either.c.id.desc()).limit(limit).subquery()
-    return select(*columns).join_from(newest, runs, runs.c.id == newest.c.id).order_by(*_NEWEST_FIRST)
+    return select(either).order_by(either.c.created_at.desc(), either.c.id.desc()).limit(limit)
 
 
 def _page(columns: Sequence[ColumnElement[Any]], conditions: Conditions, limit: int) -> Select[Any]:
