@@ -3,10 +3,10 @@
     python -m tests.bench.kafka [--size 100000] [--rounds 5]
 
 All send to a topic of three partitions of their own on one private broker. The bare producer is confluent-kafka's,
-idempotent, with ``acks=all`` and librdkafka's defaults but for our linger: it makes the very same messages one by one
-and counts delivery callbacks. It and our publisher are connected beforehand, and send five times as many messages as
-the run, which a stock worker does, measured from the run's acceptance to its end by the ledger's own moments. All
-interleaved, after a round that does not count, in which the broker's code is compiled. Compare the ratios.
+idempotent, with ``acks=all``, our linger and partitioner, and librdkafka's other defaults: it makes the very same
+messages and counts delivery callbacks. It and our publisher are connected beforehand, and send five times as many
+messages as the run, which a stock worker does, measured from the run's acceptance to its end by the ledger's own
+moments. All interleaved, after a round that does not count, in which the broker's code is compiled. Compare the ratios.
 """
 
 import argparse
