@@ -1,11 +1,9 @@
-"""What only Kafka can do wrong: rights, sizes, topics that vanish, brokers in trouble, and logging in."""
+"""What only Kafka can do wrong: rights, sizes, topics that vanish, and logging in; more is in test_publishers.py."""
 
 import os
-import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -16,18 +14,16 @@ from pydantic import SecretStr
 
 from orchestrator.errors import (
     BrokerUnreachableError,
-    ConfirmTimeoutError,
     MessageRefusedError,
     PublishError,
     QueueMissingError,
 )
-from orchestrator.queues.kafka import KafkaPublisher, Patience, survey
+from orchestrator.queues.kafka import KafkaPublisher, survey
 from orchestrator.settings import KafkaSettings
 from tests.support.kafka import KafkaServer
 from tests.support.processes import eventually
 from tests.support.publishing import (
     HASTY,
-    InterruptedByTestError,
     KafkaPlace,
     batch_of,
     ids_of,
@@ -43,12 +39,6 @@ WITHIN = HASTY.open + HASTY.batch + 1
 @pytest.fixture
 def place(kafka_server: KafkaServer, topic: str) -> KafkaPlace:
     return KafkaPlace(kafka_server, topic)
-
-
-@pytest.fixture
-def fragile(fragile_kafka: KafkaServer, topic: str) -> Iterator[KafkaPlace]:
-    yield KafkaPlace(fragile_kafka, topic)
-    fragile_kafka.start()
 
 
 class TestAnswers:
@@ -89,6 +79,14 @@ class TestAnswers:
         assert not receipt.confirmed
         assert place.publish(publisher, batch).error is None
         assert {message.id for message in place.read()} == set(ids_of(batch))
+
+    def test_a_topic_deleted_in_the_middle_of_a_flow(self, place: KafkaPlace, kafka_server: KafkaServer) -> None:
+        with publishing_on(place) as flow:
+            kafka_server.delete_topic(place.queue)
+            flow.await_error(PublishError)
+            batch = batch_of(10)
+            assert place.publish(flow.publisher, batch).error is None
+        assert set(ids_of(batch)) <= {message.id for message in place.read()}
 
     def test_a_topic_that_no_kafka_can_have_cannot_be_used(self, kafka_server: KafkaServer) -> None:
         place = KafkaPlace(kafka_server, "no topic")
@@ -199,105 +197,17 @@ def test_without_its_client_kafka_is_one_clear_sentence(tmp_path: Path) -> None:
     assert "pip install 'task-orchestrator[kafka]'" in done.stderr
 
 
-class TestProcesses:
-    """A producer has threads, which neither a fork nor a signal may confuse."""
-
-    def test_a_forked_child_makes_its_own_and_leaves_its_parents_alone(self, place: KafkaPlace) -> None:
-        publisher = place.publisher()
-        assert place.publish(publisher, batch_of(10)).error is None
-        child = os.fork()
-        if child == 0:
-            status = 1
-            with suppress(BaseException):
-                status = 0 if place.publish(publisher, batch_of(10)).error is None else 2
-                publisher.close()
-            os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
-        assert place.publish(publisher, batch_of(10)).error is None
-        publisher.close()
-        assert len(place.read()) == 30
-
-    def test_an_interrupted_batch_leaves_no_producer_that_goes_on_sending(
-        self, fragile: KafkaPlace, fragile_kafka: KafkaServer
-    ) -> None:
-        publisher = fragile.publisher(Patience())
-        assert fragile.publish(publisher, batch_of(10)).error is None
-
-        def interrupt(*_: object) -> None:
-            raise InterruptedByTestError
-
-        previous = signal.signal(signal.SIGALRM, interrupt)
-        fragile_kafka.pause()
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
-            started = monotonic()
-            with pytest.raises(InterruptedByTestError):
-                fragile.publish(publisher, batch_of(10_000))
-            assert monotonic() - started < 5
-        finally:
-            fragile_kafka.resume()
-            signal.signal(signal.SIGALRM, previous)
-        batch = batch_of(1_000, first=50_000)
-        assert fragile.publish(publisher, batch).error is None
-        assert set(ids_of(batch)) <= {message.id for message in fragile.read()}
-
-
-class TestBrokerInTrouble:
-    """Stops, kills and restarts: nothing blocks, and nothing is confirmed that did not arrive."""
-
-    def test_a_stopped_broker_times_out_and_confirms_nothing_later(
-        self, fragile: KafkaPlace, fragile_kafka: KafkaServer
-    ) -> None:
-        publisher, batch = fragile.publisher(), batch_of(10_000)
-        assert fragile.publish(publisher, batch_of(10)).error is None
-        fragile_kafka.pause()
-        try:
-            started = monotonic()
-            receipt = fragile.publish(publisher, batch)
-            assert isinstance(receipt.error, ConfirmTimeoutError | BrokerUnreachableError)
-            assert not receipt.confirmed
-            assert monotonic() - started < WITHIN
-            assert isinstance(fragile.publish(publisher, batch).error, BrokerUnreachableError)
+def test_a_forked_child_makes_its_own_and_leaves_its_parents_alone(place: KafkaPlace) -> None:
+    publisher = place.publisher()
+    assert place.publish(publisher, batch_of(10)).error is None
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with suppress(BaseException):
+            status = 0 if place.publish(publisher, batch_of(10)).error is None else 2
             publisher.close()
-            assert monotonic() - started < 2 * WITHIN
-        finally:
-            fragile_kafka.resume()
-        resend = batch_of(3_000, first=50_000)
-        eventually(lambda: fragile.publish(publisher, resend).error is None, within=20, what="publishing works again")
-        assert set(ids_of(resend)) <= {message.id for message in fragile.read()}
-
-    def test_a_stop_in_the_middle_of_a_batch(self, fragile: KafkaPlace, fragile_kafka: KafkaServer) -> None:
-        with publishing_on(fragile) as flow:
-            fragile_kafka.pause()
-            try:
-                flow.await_error(PublishError)
-            finally:
-                fragile_kafka.resume()
-        flow.assert_confirmed_arrived()
-
-    def test_kill_and_restart(self, fragile: KafkaPlace, fragile_kafka: KafkaServer) -> None:
-        with publishing_on(fragile) as flow:
-            fragile_kafka.kill()
-            flow.await_error(BrokerUnreachableError)
-            assert isinstance(fragile.publish(flow.publisher, batch_of(1)).error, BrokerUnreachableError)
-            fragile_kafka.start()
-            assert fragile.publish(flow.publisher, batch_of(10)).error is None
-        flow.assert_confirmed_arrived()
-
-    def test_a_restart_between_batches_is_not_even_noticed(
-        self, fragile: KafkaPlace, fragile_kafka: KafkaServer
-    ) -> None:
-        publisher = fragile.publisher()
-        assert fragile.publish(publisher, batch_of(10)).error is None
-        fragile_kafka.stop()
-        fragile_kafka.start()
-        assert fragile.publish(publisher, batch_of(10)).error is None
-        assert len(fragile.read()) == 20
-
-    def test_a_topic_deleted_in_the_middle_of_a_flow(self, fragile: KafkaPlace, fragile_kafka: KafkaServer) -> None:
-        with publishing_on(fragile) as flow:
-            fragile_kafka.delete_topic(fragile.queue)
-            flow.await_error(PublishError)
-            batch = batch_of(10)
-            assert fragile.publish(flow.publisher, batch).error is None
-        assert set(ids_of(batch)) <= {message.id for message in fragile.read()}
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert place.publish(publisher, batch_of(10)).error is None
+    publisher.close()
+    assert len(place.read()) == 30

@@ -110,10 +110,10 @@ class Flow:
             self.error = receipt.error
             self.batches += 1
 
-    def await_error(self, kind: type[PublishError]) -> None:
+    def await_error(self, *kinds: type[PublishError]) -> None:
         self._thread.join(10)
         assert not self._thread.is_alive()
-        assert isinstance(self.error, kind)
+        assert isinstance(self.error, kinds)
 
     def join(self) -> None:
         self._thread.join(60)

@@ -394,10 +394,11 @@ class _Session:
         """Return what there is to say against a batch."""
         if fate.complete:
             return None
-        if fate.failure is not None and fate.failure.code() not in _LATE:
-            return self._explain(fate.failure)
+        # Of a fatal error, what is called next says only that there was one.
         if self._complaint is not None and self._complaint.fatal():
             return self._explain(self._complaint)
+        if fate.failure is not None and fate.failure.code() not in _LATE:
+            return self._explain(fate.failure)
         if self._hopeless:
             return self._unreachable()
         return ConfirmTimeoutError(f"{self._cluster} left {fate.unconfirmed} messages unconfirmed for too long")
@@ -419,9 +420,13 @@ class _Session:
         try:
             # Not by flush, which would go on calling back after a signal handler has raised.
             self._producer.poll(seconds)
-        except KafkaException as error:
-            # Fatal errors are not told to error_cb, but raised here.
-            self._complain(error.args[0])
+        except (KafkaException, SystemError) as error:
+            # Fatal errors are not told to error_cb, but raised here; old clients go on calling back with one pending,
+            # which Python wraps. It may wrap what a signal handler raises, too.
+            told = error.__cause__ if isinstance(error, SystemError) and error.__cause__ else error
+            if not isinstance(told, KafkaException):
+                raise told from None
+            self._complain(told.args[0])
 
     def _complain(self, error: KafkaError) -> None:
         self._hopeless = self._hopeless or error.code() in _HOPELESS or error.fatal()

@@ -33,7 +33,6 @@ def is_installed() -> bool:
     return version is not None and int(version[1]) >= _OLDEST_JAVA
 
 
-@cache
 def class_path() -> str:
     """Return Kafka's class path. Any number of processes may ask at once: one fetches, the others wait for it.
 
