@@ -8,7 +8,22 @@ from collections.abc import Sequence
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Row, case, exists, func, insert, literal_column, or_, select, update
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Connection,
+    Row,
+    Text,
+    case,
+    exists,
+    func,
+    insert,
+    literal,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from orchestrator.domain import (
@@ -62,6 +77,7 @@ _WAITED: Final = (
 # Whoever makes these may be a command line that is gone before anybody asks it what it counted.
 _COUNTED_WHEN_STARTED: Final = frozenset({Trigger.CLI, Trigger.BACKFILL})
 
+_TOLD: Final = (runs.c.id, runs.c.state, runs.c.error_code, runs.c.error_message)
 # Of one INSERT: PostgreSQL takes 65,535 parameters.
 _ROWS: Final = 1_000
 
@@ -123,16 +139,13 @@ def insert_runs(connection: Connection, rows: Sequence[dict[str, object]]) -> se
     """Insert runs and record them; return which are new: of those whose id is taken nothing changes."""
     created: set[UUID] = set()
     for first in range(0, len(rows), _ROWS):
-        some = upsert(runs).values(rows[first : first + _ROWS])
-        made = connection.execute(some.on_conflict_do_nothing(index_elements=[runs.c.id]).returning(runs)).all()
-        if made:
-            connection.execute(insert(run_events), [_event(run, Event.RUN_ACCEPTED, *_reason(run)) for run in made])
-        created |= {run.id for run in made}
+        some = rows[first : first + _ROWS]
+        # What is compiled for one row is kept, for several it is not.
+        new = upsert(runs).values(some[0] if len(some) == 1 else some)
+        made = new.on_conflict_do_nothing(index_elements=[runs.c.id]).returning(*_TOLD).cte("made")
+        recorded = _record(made, Event.RUN_ACCEPTED, made.c.error_code, made.c.error_message)
+        created |= set(connection.scalars(select(made.c.id).add_cte(recorded)))
     return created
-
-
-def _reason(run: Row[Any]) -> tuple[str | None, str | None]:
-    return run.error_code, run.error_message
 
 
 def run_row(connection: Connection, run_id: UUID, *, lock: bool = False) -> Row[Any]:
@@ -195,15 +208,15 @@ def transition(
     """Compare-and-set a run's state; return its row, or none when the present state does not lead there."""
     if code is not None:
         values |= {"error_code": code, "error_message": message}
-    run = connection.execute(
+    moved = (
         update(runs)
         .where(runs.c.id == run_id, runs.c.state.in_(sources_of(target)), *conditions)
         .values(state=target, **values)
         .returning(runs, _WAITED)
-    ).one_or_none()
-    if run is not None:
-        _record(connection, run, _EVENTS[target], code, message)
-    return run
+        .cte("moved")
+    )
+    recorded = _record(moved, _EVENTS[target], literal(code, Text), literal(message, Text))
+    return connection.execute(select(moved).add_cte(recorded)).one_or_none()
 
 
 def end(
@@ -221,12 +234,10 @@ def end(
     return transition(connection, run_id, target, code, message, *conditions, **ended, **cleared)
 
 
-def _record(connection: Connection, run: Row[Any], event: Event, code: str | None, message: str | None) -> None:
-    connection.execute(insert(run_events).values(_event(run, event, code, message)))
-
-
-def _event(run: Row[Any], event: Event, code: str | None, message: str | None) -> dict[str, object]:
-    return {"run_id": run.id, "event": event, "state": run.state, "code": code, "message": message}
+def _record(changed: CTE, event: Event, code: ColumnElement[Any], message: ColumnElement[Any]) -> CTE:
+    """Return the part of a statement that records what another part of it changed: one round trip for both."""
+    facts = select(changed.c.id, literal(event.value), changed.c.state, code, message)
+    return insert(run_events).from_select(["run_id", "event", "state", "code", "message"], facts).cte("recorded")
 
 
 def count_created(kind: RunKind, trigger: Trigger) -> None:
