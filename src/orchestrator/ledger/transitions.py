@@ -12,8 +12,12 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     Connection,
+    Double,
     Row,
+    Select,
     Text,
+    Uuid,
+    bindparam,
     case,
     exists,
     func,
@@ -25,6 +29,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from orchestrator.domain import (
     TERMINAL,
@@ -77,6 +82,11 @@ _WAITED: Final = (
 # Whoever makes these may be a command line that is gone before anybody asks it what it counted.
 _COUNTED_WHEN_STARTED: Final = frozenset({Trigger.CLI, Trigger.BACKFILL})
 
+_RUN: Final = bindparam("run", type_=Uuid)
+_WHY: Final = bindparam("why", None, Text)
+_SENTENCE: Final = bindparam("sentence", None, Text)
+EXPLAINED: Final[dict[str, object]] = {"error_code": _WHY, "error_message": _SENTENCE}
+"""What :func:`moving` is to set where its reason is the run's, too."""
 _TOLD: Final = (runs.c.id, runs.c.state, runs.c.error_code, runs.c.error_message)
 # Of one INSERT: PostgreSQL takes 65,535 parameters.
 _ROWS: Final = 1_000
@@ -176,24 +186,41 @@ def begin(
     **values: object,
 ) -> Row[Any] | None:
     """Make a run running if it may work now (again); count a stall if nothing moved since the last one."""
+    facts = {"run": run_id, "wake_in": wake_in}
+    for step in (starting, going_on):
+        run = connection.execute(step(kind, *conditions, **values), facts).one_or_none()
+        if run is not None:
+            measure_start(run)
+            return run
+    return None
+
+
+def starting(kind: RunKind, *conditions: ColumnElement[bool], **values: object) -> Select[Any]:
+    """Return the statement that makes a run running which is not, if it may work now.
+
+    Its parameters are ``run``, and ``wake_in`` in seconds. See :func:`measure_start`.
+    """
+    return moving(RunState.RUNNING, workable(kind), *conditions, **_begun() | values)
+
+
+def going_on(kind: RunKind, *conditions: ColumnElement[bool], **values: object) -> ReturningUpdate[Any]:
+    """Return the like statement for a run that is running."""
+    again = update(runs).where(runs.c.id == _RUN, runs.c.state == RunState.RUNNING, workable(kind), *conditions)
+    return again.values(_begun() | values).returning(runs, _WAITED)
+
+
+def _begun() -> dict[str, object]:
     # Many deliveries within moments are a storm, not a run that kills its workers: they count once.
     stalled = func.greatest(runs.c.progress_at, runs.c.stalled_at) < from_now(-5)
-    moved = {
+    return {
         "started_at": func.coalesce(runs.c.started_at, clock),
         "next_attempt_at": None,
-        "wake_at": from_now(wake_in),
+        "wake_at": from_now(bindparam("wake_in", type_=Double)),
         "wakes": 0,
         "stale_below": runs.c.wake_number + 1,
         "stalls": case((stalled, runs.c.stalls + 1), else_=runs.c.stalls),
         "stalled_at": case((stalled, clock), else_=runs.c.stalled_at),
-        **values,
     }
-    run = transition(connection, run_id, RunState.RUNNING, None, None, workable(kind), *conditions, **moved)
-    if run is not None:
-        _measure_start(run)
-        return run
-    again = update(runs).where(runs.c.id == run_id, runs.c.state == RunState.RUNNING, workable(kind), *conditions)
-    return connection.execute(again.values(moved).returning(runs)).one_or_none()
 
 
 def transition(
@@ -206,17 +233,25 @@ def transition(
     **values: object,
 ) -> Row[Any] | None:
     """Compare-and-set a run's state; return its row, or none when the present state does not lead there."""
-    if code is not None:
-        values |= {"error_code": code, "error_message": message}
+    explained = {} if code is None else EXPLAINED
+    moved = moving(target, *conditions, **explained | values)
+    return connection.execute(moved, {"run": run_id, "why": code, "sentence": message}).one_or_none()
+
+
+def moving(target: RunState, *conditions: ColumnElement[bool], **values: object) -> Select[Any]:
+    """Return the statement that compares and sets a run's state, and records it.
+
+    Its parameters are ``run``, and the record's code and message, ``why`` and ``sentence``, none unless given. To make
+    one takes longer than to execute it: stories that are told often keep theirs.
+    """
     moved = (
         update(runs)
-        .where(runs.c.id == run_id, runs.c.state.in_(sources_of(target)), *conditions)
+        .where(runs.c.id == _RUN, runs.c.state.in_(sources_of(target)), *conditions)
         .values(state=target, **values)
         .returning(runs, _WAITED)
         .cte("moved")
     )
-    recorded = _record(moved, _EVENTS[target], literal(code, Text), literal(message, Text))
-    return connection.execute(select(moved).add_cte(recorded)).one_or_none()
+    return select(moved).add_cte(_record(moved, _EVENTS[target], _WHY, _SENTENCE))
 
 
 def end(
@@ -229,9 +264,17 @@ def end(
     wake_at: ColumnElement[Any] | None = None,
 ) -> Row[Any] | None:
     """Make a run be over, with its reason unless it succeeded; return its row, or none when it cannot end so."""
-    cleared = {"error_code": None, "error_message": None} if target is RunState.SUCCEEDED else {}
+    moved = ending(target, *conditions, wake_at=wake_at)
+    return connection.execute(moved, {"run": run_id, "why": code, "sentence": message}).one_or_none()
+
+
+def ending(
+    target: RunState, *conditions: ColumnElement[bool], wake_at: ColumnElement[Any] | None = None
+) -> Select[Any]:
+    """Return the statement that makes a run be over, see :func:`end` and :func:`moving`."""
+    explained = {"error_code": None, "error_message": None} if target is RunState.SUCCEEDED else EXPLAINED
     ended = {"finished_at": clock, "wake_at": wake_at, "next_attempt_at": None, "awaits_slot": None}
-    return transition(connection, run_id, target, code, message, *conditions, **ended, **cleared)
+    return moving(target, *conditions, **ended, **explained)
 
 
 def _record(changed: CTE, event: Event, code: ColumnElement[Any], message: ColumnElement[Any]) -> CTE:
@@ -246,7 +289,8 @@ def count_created(kind: RunKind, trigger: Trigger) -> None:
         RUNS_CREATED.add(kind, trigger)
 
 
-def _measure_start(run: Row[Any]) -> None:
+def measure_start(run: Row[Any]) -> None:
+    """Count and time the start of a run that one of our statements made running, unless it had been started before."""
     if run.waited is None:
         return
     RUN_START_DELAY.observe(float(run.waited), run.kind)
