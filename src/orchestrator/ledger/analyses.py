@@ -3,13 +3,28 @@
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Connection, Double, Integer, Row, Text, Uuid, bindparam, exists, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Double,
+    Integer,
+    Row,
+    Select,
+    Text,
+    Uuid,
+    bindparam,
+    exists,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from orchestrator.db import Database
 from orchestrator.discovery import Answer
 from orchestrator.domain import UNFINISHED, Attempt, AttemptOutcome, NoAttempt, RunKind, RunState, WakeUp
 from orchestrator.ledger.transitions import (
     EXPLAINED,
+    among,
     announce,
     backoff,
     clock,
@@ -39,9 +54,14 @@ _log = logger(__name__)
 _LOST: Final = "the worker did not record an answer before the lease ended"
 
 
-# Made once: making a statement takes longer than executing it.
+# --- Statements, made once: to make one takes longer than to execute it --------------------------------------
 
-_DUE: Final = select(runs).where(runs.c.id == bindparam("run"), workable(RunKind.SITE_ANALYSIS)).with_for_update()
+_asked = (runs.c.id, runs.c.kind, runs.c.data_source_id, runs.c.theme_name, runs.c.traceparent)
+_DUE: Final[Select[Any]] = (
+    select(*_asked, runs.c.state, runs.c.attempts, runs.c.attempts_forgiven)
+    .where(runs.c.id == bindparam("run"), workable(RunKind.SITE_ANALYSIS))
+    .with_for_update()
+)
 _OPEN: Final = (attempts.c.run_id == bindparam("run"), attempts.c.finished_at.is_(None))
 
 _under_way = (
@@ -67,28 +87,29 @@ _recorded = (
     .returning(attempts.c.number)
     .cte("recorded_attempt")
 )
-# The attempt is recorded if a slot is free, and the run begun if it was; one statement, for others wait meanwhile.
-_BEGUN: Final = {"attempts": _ATTEMPT, "awaits_slot": None}
-_START: Final = starting(RunKind.SITE_ANALYSIS, exists(select(_recorded.c.number)), **_BEGUN)
-_GO_ON: Final = going_on(RunKind.SITE_ANALYSIS, exists(select(_recorded.c.number)), **_BEGUN)
+# Of a run whose row is locked: the attempt is recorded if a slot is free, and the run begun if it was recorded. In one
+# statement, for whoever else starts a call waits for it.
+_begun = {"attempts": _ATTEMPT, "awaits_slot": None}
+_START: Final = starting(exists(select(_recorded.c.number)), **_begun)
+_GO_ON: Final = going_on(exists(select(_recorded.c.number)), **_begun)
 
 # The run's row before its attempt: see the order of locks.
 _locked = select(runs.c.id).where(runs.c.id == bindparam("run")).with_for_update().cte("locked")
-_again_at = from_now(bindparam("retry_in", type_=Double))
+_AGAIN_AT: Final = from_now(bindparam("retry_in", type_=Double))
 _FINISH: Final = (
     update(attempts)
     .where(attempts.c.run_id == _locked.c.id, attempts.c.number == _ATTEMPT, attempts.c.finished_at.is_(None))
-    .values(finished_at=clock, next_attempt_at=_again_at)
+    .values(finished_at=clock, next_attempt_at=_AGAIN_AT)
 )
 _SUCCEED: Final = ending(RunState.SUCCEEDED)
 _FAIL: Final = ending(RunState.FAILED)
-_RETRY: Final = moving(RunState.RETRYING, **EXPLAINED, next_attempt_at=_again_at, wake_at=_again_at, progress_at=clock)
+_RETRY: Final = moving(RunState.RETRYING, **EXPLAINED, next_attempt_at=_AGAIN_AT, wake_at=_AGAIN_AT, progress_at=clock)
 
 _oldest = (
     select(runs.c.id)
     .where(
         runs.c.awaits_slot.is_not(None),
-        runs.c.state.in_(UNFINISHED),
+        among(UNFINISHED),
         func.coalesce(runs.c.next_attempt_at, clock) <= clock,
     )
     .order_by(runs.c.created_at)
@@ -96,7 +117,9 @@ _oldest = (
     .with_for_update(skip_locked=True)
     .scalar_subquery()
 )
-_NEXT_WAITING: Final = update(runs).where(runs.c.id == _oldest).values(awaits_slot=None).returning(runs)
+_NEXT_WAITING: Final = (
+    update(runs).where(runs.c.id == _oldest).values(awaits_slot=None).returning(*_asked, runs.c.wake_number)
+)
 
 
 class AnalysisLedger:

@@ -4,7 +4,7 @@ Decides what an edge of ``domain.TRANSITIONS`` writes, on the database's clock; 
 stories' business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -171,10 +171,16 @@ def run_row(connection: Connection, run_id: UUID, *, lock: bool = False) -> Row[
     return run
 
 
+def among(states: Iterable[RunState]) -> ColumnElement[bool]:
+    """Whether a run is in one of some states."""
+    # As part of the text: parameters of a list are spelled out anew each time that a statement is executed.
+    return runs.c.state.in_([literal_column(f"'{state}'", Text) for state in sorted(states)])
+
+
 def workable(kind: RunKind) -> ColumnElement[bool]:
     """Whether a run is unfinished, and its wait, if any, over; of this kind, for a foreign message may carry any id."""
     due = or_(runs.c.next_attempt_at.is_(None), runs.c.next_attempt_at <= clock)
-    return (runs.c.kind == kind) & runs.c.state.in_(UNFINISHED) & due
+    return (runs.c.kind == kind) & among(UNFINISHED) & due
 
 
 def begin(
@@ -188,24 +194,24 @@ def begin(
     """Make a run running if it may work now (again); count a stall if nothing moved since the last one."""
     facts = {"run": run_id, "wake_in": wake_in}
     for step in (starting, going_on):
-        run = connection.execute(step(kind, *conditions, **values), facts).one_or_none()
+        run = connection.execute(step(workable(kind), *conditions, **values), facts).one_or_none()
         if run is not None:
             measure_start(run)
             return run
     return None
 
 
-def starting(kind: RunKind, *conditions: ColumnElement[bool], **values: object) -> Select[Any]:
-    """Return the statement that makes a run running which is not, if it may work now.
+def starting(*conditions: ColumnElement[bool], **values: object) -> Select[Any]:
+    """Return the statement that makes a run running which is not.
 
     Its parameters are ``run``, and ``wake_in`` in seconds. See :func:`measure_start`.
     """
-    return moving(RunState.RUNNING, workable(kind), *conditions, **_begun() | values)
+    return moving(RunState.RUNNING, *conditions, **_begun() | values)
 
 
-def going_on(kind: RunKind, *conditions: ColumnElement[bool], **values: object) -> ReturningUpdate[Any]:
+def going_on(*conditions: ColumnElement[bool], **values: object) -> ReturningUpdate[Any]:
     """Return the like statement for a run that is running."""
-    again = update(runs).where(runs.c.id == _RUN, runs.c.state == RunState.RUNNING, workable(kind), *conditions)
+    again = update(runs).where(runs.c.id == _RUN, runs.c.state == RunState.RUNNING, *conditions)
     return again.values(_begun() | values).returning(runs, _WAITED)
 
 
@@ -246,7 +252,7 @@ def moving(target: RunState, *conditions: ColumnElement[bool], **values: object)
     """
     moved = (
         update(runs)
-        .where(runs.c.id == _RUN, runs.c.state.in_(sources_of(target)), *conditions)
+        .where(runs.c.id == _RUN, among(sources_of(target)), *conditions)
         .values(state=target, **values)
         .returning(runs, _WAITED)
         .cte("moved")
