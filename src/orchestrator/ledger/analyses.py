@@ -56,9 +56,16 @@ _LOST: Final = "the worker did not record an answer before the lease ended"
 
 # --- Statements, made once: to make one takes longer than to execute it --------------------------------------
 
-_asked = (runs.c.id, runs.c.kind, runs.c.data_source_id, runs.c.theme_name, runs.c.traceparent)
 _DUE: Final[Select[Any]] = (
-    select(*_asked, runs.c.state, runs.c.attempts, runs.c.attempts_forgiven)
+    select(
+        runs.c.id,
+        runs.c.state,
+        runs.c.attempts,
+        runs.c.attempts_forgiven,
+        runs.c.data_source_id,
+        runs.c.theme_name,
+        runs.c.traceparent,
+    )
     .where(runs.c.id == bindparam("run"), workable(RunKind.SITE_ANALYSIS))
     .with_for_update()
 )
@@ -117,9 +124,7 @@ _oldest = (
     .with_for_update(skip_locked=True)
     .scalar_subquery()
 )
-_NEXT_WAITING: Final = (
-    update(runs).where(runs.c.id == _oldest).values(awaits_slot=None).returning(*_asked, runs.c.wake_number)
-)
+_NEXT_WAITING: Final = update(runs).where(runs.c.id == _oldest).values(awaits_slot=None).returning(runs)
 
 
 class AnalysisLedger:
