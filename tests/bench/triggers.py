@@ -5,18 +5,25 @@
 All with equal numbers of worker processes: the seed's task, word for word (tests/support/clients/seed.py, in a
 throw-away environment), on a Celery worker with that many children; ours on one like it; ours on that many workers
 with ``--pool threads``. The queue is filled first, then the workers start; a rate is calls a second from the first one
-received to the last one answered, by the Discovery server's own moments, the same for all. Own overhead is what a
-trigger takes by the ledger's moments less what the server took. Interleaved. Compare the ratios.
+received to the last one answered, by the Discovery server's own moments, the same for all. Interleaved. Compare the
+ratios. What a run took then by the ledger's moments, less what the server took, is mostly waiting in line. Own overhead
+is measured alone: on one worker process, with pauses, what Celery says that our task took, less what the same HTTP
+request takes by itself on a connection that is kept.
 """
 
 import argparse
+import json
+import re
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from celery import Celery
@@ -42,6 +49,8 @@ _FEWEST: Final = 50
 _WARM: Final = 10  # first calls of a slot whose CPU does not count: its process imports and connects
 _FASTEST: Final = 60  # triggers a second of a process, to choose the same
 _PATIENCE: Final = 300.0  # seconds
+_PAUSE: Final = 0.1  # seconds between triggers that are to find their worker idle
+_TOOK: Final = re.compile(r"trigger_site_analysis\[[^]]+\] succeeded in ([0-9.]+)s")
 
 
 @dataclass
@@ -85,16 +94,15 @@ class Bench:
             yield [worker]
             worker.terminate(within=60)
 
-    @contextmanager
-    def prefork(self, latency: float) -> Iterator[list[Process]]:
+    def prefork(self, latency: float) -> AbstractContextManager[list[Process]]:
         """Run ours on a prefork worker."""
-        yield from self._ours(latency, 1, self.processes)
+        return self._ours(latency, 1, self.processes)
+
+    def with_threads(self, latency: float) -> AbstractContextManager[list[Process]]:
+        """Run ours on workers with threads."""
+        return self._ours(latency, self.processes, self.threads, "--pool", "threads")
 
     @contextmanager
-    def with_threads(self, latency: float) -> Iterator[list[Process]]:
-        """Run ours on workers with threads."""
-        yield from self._ours(latency, self.processes, self.threads, "--pool", "threads")
-
     def _ours(self, latency: float, workers: int, slots: int, *arguments: str) -> Iterator[list[Process]]:
         settings = {
             "DISCOVERY_URL": self.discovery.url(latency),
@@ -130,14 +138,35 @@ class Bench:
             into.overheads.extend(self._overheads(calls))
 
     def alone(self, latency: float) -> Sequence[float]:
-        """Return the milliseconds of own overhead of triggers that come one by one."""
+        """Return the milliseconds of own overhead of triggers that find their worker idle."""
         self._clear()
-        with self.prefork(latency):
-            for number in range(ALONE + 1):
-                self.stack.await_run(self.stack.analyse(number + 1, "news"))
-        calls = self.discovery.calls()
-        # The first one in a process also connects.
-        return self._overheads(sorted(calls, key=lambda call: call.received_at)[self.processes :])
+        client = Celery("client", broker=self.stack.broker)
+        with self._ours(latency, 1, 1) as (worker,):
+            # The first ones import and connect.
+            for number in range(_WARM + ALONE):
+                client.send_task(ANALYSIS_TASK, args=[number + 1, "news"], queue=QUEUES[ANALYSIS_TASK])
+                time.sleep(latency + _PAUSE)
+            eventually(lambda: self._ended() == _WARM + ALONE, within=_PATIENCE, what="all runs have ended", every=0.5)
+        client.close()
+        took = [float(seconds) for seconds in _TOOK.findall(worker.text())]
+        assert len(took) == _WARM + ALONE, f"{len(took)} tasks for {_WARM + ALONE} triggers"
+        bare = statistics.median(self._bare(latency))
+        return [1e3 * (seconds - bare) for seconds in took[_WARM:]]
+
+    def _bare(self, latency: float) -> list[float]:
+        """Return the seconds that some requests like ours take, by nothing but the standard library."""
+        url = urlsplit(self.discovery.url(latency))
+        body, headers = json.dumps({"data_source_id": 1, "theme_name": "news"}), {"Content-Type": "application/json"}
+        connection = HTTPConnection(url.netloc)
+        took = []
+        for _ in range(ALONE):
+            began_at = time.perf_counter()
+            connection.request("POST", url.path, body, headers)
+            connection.getresponse().read()
+            took.append(time.perf_counter() - began_at)
+            time.sleep(_PAUSE)
+        connection.close()
+        return took
 
     def _cpu_each(self, workers: Sequence[Process], warm: int, count: int) -> float:
         """Wait until all was called; return the milliseconds of CPU each took, the first ones excepted."""
@@ -216,11 +245,13 @@ def measure(bench: Bench, latencies: Sequence[int], seconds: float, rounds: int)
         "range",
         "to the seed's",
         "workers' CPU each",
-        "own overhead under this load",
+        "in line and own overhead under this load",
     )
     say(table(heads, rows))
     overheads = {latency: bench.alone(latency / 1e3) for latency in latencies}
-    say(f"\n{ALONE} triggers one by one, ours, prefork\n")
+    say(
+        f"\n{ALONE} triggers one by one, ours, one worker process: what the task took less the same request by itself\n"
+    )
     rows = [[f"{each} ms", f"{statistics.median(ms):.1f} ms", spread(ms, ".1f")] for each, ms in overheads.items()]
     say(table(("Discovery takes", "own overhead, median", "range"), rows))
     slow = max(latencies)

@@ -3,21 +3,40 @@
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Double,
+    Integer,
+    Row,
+    Select,
+    Text,
+    Uuid,
+    bindparam,
+    exists,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from orchestrator.db import Database
 from orchestrator.discovery import Answer
 from orchestrator.domain import UNFINISHED, Attempt, AttemptOutcome, NoAttempt, RunKind, RunState, WakeUp
 from orchestrator.ledger.transitions import (
+    EXPLAINED,
+    among,
     announce,
     backoff,
-    begin,
     clock,
     end,
+    ending,
     from_now,
+    going_on,
     lock_key,
+    measure_start,
+    moving,
     now,
-    run_row,
+    starting,
     transition,
     wake_up_of,
     workable,
@@ -35,6 +54,79 @@ _log = logger(__name__)
 _LOST: Final = "the worker did not record an answer before the lease ended"
 
 
+# --- Statements, made once: to make one takes longer than to execute it --------------------------------------
+
+_DUE: Final[Select[Any]] = (
+    select(
+        runs.c.id,
+        runs.c.state,
+        runs.c.attempts,
+        runs.c.attempts_forgiven,
+        runs.c.data_source_id,
+        runs.c.theme_name,
+        runs.c.traceparent,
+    )
+    .where(runs.c.id == bindparam("run"), workable(RunKind.SITE_ANALYSIS))
+    .with_for_update()
+)
+_OPEN: Final = (attempts.c.run_id == bindparam("run"), attempts.c.finished_at.is_(None))
+
+_under_way = (
+    select(
+        func.count().label("everywhere"),
+        func.count().filter(attempts.c.node == bindparam("worker")).label("here"),
+    )
+    .where(attempts.c.finished_at.is_(None), attempts.c.lease_until > now)
+    .subquery()
+)
+_ATTEMPT: Final = bindparam("attempt", type_=Integer)
+_recorded = (
+    insert(attempts)
+    .from_select(
+        ["run_id", "number", "node", "lease_until"],
+        select(
+            bindparam("run", type_=Uuid),
+            _ATTEMPT,
+            bindparam("worker", type_=Text),
+            from_now(bindparam("wake_in", type_=Double)),
+        ).where(_under_way.c.everywhere < bindparam("cap"), _under_way.c.here < bindparam("node_cap")),
+    )
+    .returning(attempts.c.number)
+    .cte("recorded_attempt")
+)
+# Of a run whose row is locked: the attempt is recorded if a slot is free, and the run begun if it was recorded. In one
+# statement, for whoever else starts a call waits for it.
+_begun = {"attempts": _ATTEMPT, "awaits_slot": None}
+_START: Final = starting(exists(select(_recorded.c.number)), **_begun)
+_GO_ON: Final = going_on(exists(select(_recorded.c.number)), **_begun)
+
+# The run's row before its attempt: see the order of locks.
+_locked = select(runs.c.id).where(runs.c.id == bindparam("run")).with_for_update().cte("locked")
+_AGAIN_AT: Final = from_now(bindparam("retry_in", type_=Double))
+_FINISH: Final = (
+    update(attempts)
+    .where(attempts.c.run_id == _locked.c.id, attempts.c.number == _ATTEMPT, attempts.c.finished_at.is_(None))
+    .values(finished_at=clock, next_attempt_at=_AGAIN_AT)
+)
+_SUCCEED: Final = ending(RunState.SUCCEEDED)
+_FAIL: Final = ending(RunState.FAILED)
+_RETRY: Final = moving(RunState.RETRYING, **EXPLAINED, next_attempt_at=_AGAIN_AT, wake_at=_AGAIN_AT, progress_at=clock)
+
+_oldest = (
+    select(runs.c.id)
+    .where(
+        runs.c.awaits_slot.is_not(None),
+        among(UNFINISHED),
+        func.coalesce(runs.c.next_attempt_at, clock) <= clock,
+    )
+    .order_by(runs.c.created_at)
+    .limit(1)
+    .with_for_update(skip_locked=True)
+    .scalar_subquery()
+)
+_NEXT_WAITING: Final = update(runs).where(runs.c.id == _oldest).values(awaits_slot=None).returning(runs)
+
+
 class AnalysisLedger:
     """Records calls to the Discovery Service.
 
@@ -44,6 +136,9 @@ class AnalysisLedger:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        number, expired = func.max(attempts.c.number), func.bool_or(attempts.c.lease_until <= clock)
+        turn = func.pg_advisory_xact_lock(lock_key(database.schema, "discovery"))
+        self._turn = select(turn, number, expired).where(*_OPEN)
 
     def begin_attempt(
         self, run_id: UUID, *, node: str, lease: float, max_retries: int, cap: int, node_cap: int
@@ -62,26 +157,27 @@ class AnalysisLedger:
             node_cap: most calls under way at once by this node.
         """
         with self._database.transaction() as connection:
-            run = connection.execute(
-                select(runs).where(runs.c.id == run_id, workable(RunKind.SITE_ANALYSIS)).with_for_update()
-            ).one_or_none()
-            if run is None or not _lose_expired(connection, run):
+            run = connection.execute(_DUE, {"run": run_id}).one_or_none()
+            if run is None or not self._take_turn(connection, run_id):
                 return NoAttempt.NOT_DUE
             done = run.attempts - run.attempts_forgiven
             if done > max_retries:
                 _exhaust(connection, run)
                 return NoAttempt.NOT_DUE
-            # Serialises the starts of calls, not the calls: two nodes must not both see the last free slot.
-            connection.execute(select(func.pg_advisory_xact_lock(lock_key(self._database.schema, "discovery"))))
-            if not _slot_free(connection, node, cap, node_cap):
+            facts = {
+                "run": run_id,
+                "attempt": run.attempts + 1,
+                "worker": node,
+                "wake_in": lease,
+                "cap": cap,
+                "node_cap": node_cap,
+            }
+            begun = connection.execute(_GO_ON if run.state == RunState.RUNNING else _START, facts).one_or_none()
+            if begun is None:
                 _set_aside(connection, run_id)
                 return NoAttempt.NO_SLOT
-            number = run.attempts + 1
-            connection.execute(
-                insert(attempts).values(run_id=run_id, number=number, node=node, lease_until=from_now(lease))
-            )
-            begin(connection, run_id, RunKind.SITE_ANALYSIS, wake_in=lease, attempts=number, awaits_slot=None)
-            return Attempt(run_id, number, done, run.data_source_id, run.theme_name, run.traceparent)
+            measure_start(begun)
+            return Attempt(run_id, begun.attempts, done, run.data_source_id, run.theme_name, run.traceparent)
 
     def finish_attempt(self, attempt: Attempt, answer: Answer, retry_in: float | None) -> None:
         """Record how a call ended, and what follows for its run.
@@ -91,87 +187,55 @@ class AnalysisLedger:
             answer: what the Discovery Service said.
             retry_in: seconds until the next attempt; none when there will be none.
         """
-        next_attempt_at = None if retry_in is None else from_now(retry_in)
         run: Row[Any] | None = None
         with self._database.transaction() as connection:
-            run_row(connection, attempt.run_id, lock=True)
-            counted = connection.execute(
-                update(attempts)
-                .where(
-                    attempts.c.run_id == attempt.run_id,
-                    attempts.c.number == attempt.number,
-                    attempts.c.finished_at.is_(None),
-                )
-                .values(
-                    finished_at=clock,
-                    outcome=answer.outcome,
-                    status=answer.status,
-                    code=answer.code,
-                    message=answer.message,
-                    seconds=answer.seconds,
-                    retry_after=answer.retry_after,
-                    next_attempt_at=next_attempt_at,
-                )
-            ).rowcount
-            if not counted:
+            facts = {"run": attempt.run_id, "retry_in": retry_in}
+            said = {
+                "outcome": answer.outcome,
+                "status": answer.status,
+                "code": answer.code,
+                "message": answer.message,
+                "seconds": answer.seconds,
+                "retry_after": answer.retry_after,
+            }
+            if not connection.execute(_FINISH, facts | said | {"attempt": attempt.number}).rowcount:
                 return
             if answer.outcome is AttemptOutcome.SUCCEEDED:
-                run = end(connection, attempt.run_id, RunState.SUCCEEDED, None, None)
-            elif retry_in is None:
-                run = end(connection, attempt.run_id, RunState.FAILED, answer.code, answer.message)
+                run = connection.execute(_SUCCEED, facts).one_or_none()
             else:
-                run = transition(
-                    connection,
-                    attempt.run_id,
-                    RunState.RETRYING,
-                    answer.code,
-                    answer.message,
-                    next_attempt_at=next_attempt_at,
-                    wake_at=next_attempt_at,
-                    progress_at=clock,
-                )
+                reason = {"why": answer.code, "sentence": answer.message}
+                run = connection.execute(_FAIL if retry_in is None else _RETRY, facts | reason).one_or_none()
         announce(run)
 
     def next_waiting(self) -> WakeUp | None:
         """Take the oldest run that was set aside for want of a free call, if there is one."""
-        oldest = (
-            select(runs.c.id)
-            .where(
-                runs.c.awaits_slot.is_not(None),
-                runs.c.state.in_(UNFINISHED),
-                func.coalesce(runs.c.next_attempt_at, clock) <= clock,
-            )
-            .order_by(runs.c.created_at)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .scalar_subquery()
-        )
         with self._database.transaction() as connection:
-            run = connection.execute(
-                update(runs).where(runs.c.id == oldest).values(awaits_slot=None).returning(runs)
-            ).one_or_none()
+            run = connection.execute(_NEXT_WAITING).one_or_none()
             return None if run is None else wake_up_of(run)
 
+    def _take_turn(self, connection: Connection, run_id: UUID) -> bool:
+        """Wait until nobody else starts a call, and keep the others waiting until the commit.
 
-def _lose_expired(connection: Connection, run: Row[Any]) -> bool:
-    """Mark a run's open attempt as lost if its lease ran out; return false when one is still under way."""
-    open_attempt = connection.execute(
-        select(attempts.c.number, (attempts.c.lease_until <= clock).label("expired")).where(
-            attempts.c.run_id == run.id, attempts.c.finished_at.is_(None)
-        )
-    ).one_or_none()
-    if open_attempt is None:
-        return True
-    if not open_attempt.expired:
-        return False
+        Serialises the starts of calls, not the calls: two nodes must not both see the last free slot.
+
+        Returns:
+            whether no call of this run is under way; one whose lease ran out becomes lost.
+        """
+        _, number, expired = connection.execute(self._turn, {"run": run_id}).one()
+        if number is not None and expired:
+            _lose(connection, run_id, number)
+        return number is None or expired
+
+
+def _lose(connection: Connection, run_id: UUID, number: int) -> None:
+    """Mark a run's open attempt, whose lease ran out, as lost."""
     connection.execute(
         update(attempts)
-        .where(attempts.c.run_id == run.id, attempts.c.number == open_attempt.number, attempts.c.finished_at.is_(None))
+        .where(attempts.c.run_id == run_id, attempts.c.number == number, attempts.c.finished_at.is_(None))
         .values(finished_at=clock, outcome=AttemptOutcome.LOST, code="lost", message=_LOST)
     )
     DISCOVERY_ATTEMPTS.add(AttemptOutcome.LOST)
-    _log.warning(Event.ATTEMPT_LOST, run_id=str(run.id), number=open_attempt.number)
-    return True
+    _log.warning(Event.ATTEMPT_LOST, run_id=str(run_id), number=number)
 
 
 def _exhaust(connection: Connection, run: Row[Any]) -> None:
@@ -179,15 +243,6 @@ def _exhaust(connection: Connection, run: Row[Any]) -> None:
     if run.state != RunState.RUNNING:
         transition(connection, run.id, RunState.RUNNING, None, None)
     announce(end(connection, run.id, RunState.FAILED, "lost", _LOST))
-
-
-def _slot_free(connection: Connection, node: str, cap: int, node_cap: int) -> bool:
-    under_way = connection.execute(
-        select(func.count().label("everywhere"), func.count().filter(attempts.c.node == node).label("here")).where(
-            attempts.c.finished_at.is_(None), attempts.c.lease_until > now
-        )
-    ).one()
-    return bool(under_way.everywhere < cap and under_way.here < node_cap)
 
 
 def _set_aside(connection: Connection, run_id: UUID) -> None:

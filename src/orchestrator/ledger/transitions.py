@@ -4,11 +4,12 @@ Decides what an edge of ``domain.TRANSITIONS`` writes, on the database's clock; 
 stories' business.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import (
+    CTE,
     Boolean,
     ColumnElement,
     Connection,
@@ -16,6 +17,7 @@ from sqlalchemy import (
     Row,
     Select,
     Text,
+    Uuid,
     bindparam,
     case,
     exists,
@@ -29,6 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from orchestrator.domain import (
     TERMINAL,
@@ -80,6 +83,12 @@ _WAITED: Final = (
 """Seconds that a run could have been running before it was; null: it had been started before."""
 # Whoever makes these may be a command line that is gone before anybody asks it what it counted.
 _COUNTED_WHEN_STARTED: Final = frozenset({Trigger.CLI, Trigger.BACKFILL})
+
+_RUN: Final = bindparam("run", type_=Uuid)
+_WHY: Final = bindparam("why", None, Text)
+_SENTENCE: Final = bindparam("sentence", None, Text)
+EXPLAINED: Final[dict[str, object]] = {"error_code": _WHY, "error_message": _SENTENCE}
+"""What :func:`moving` is to set where its reason is the run's, too."""
 
 _EVENTS: Final = {
     RunState.QUEUED: Event.RUN_REVIVED,
@@ -145,51 +154,6 @@ _IDENTITY: Final = (
 )
 
 
-def _inserting() -> Select[Any]:
-    """Return the statement that inserts any number of runs, their events and, if there is an actor, audit events.
-
-    One, and made once: most of what it costs to accept a run is to make statements and to exchange them.
-    """
-    arrays = [bindparam(name, type_=ARRAY(runs.c[name].type)) for name in _IDENTITY]
-    given = func.unnest(*arrays).table_valued(*_IDENTITY).render_derived("given")
-    state, actor = bindparam("state", type_=Text), bindparam("actor", type_=Text)
-    values = {name: given.c[name] for name in _IDENTITY} | {
-        "state": state,
-        "error_code": bindparam("code", type_=Text),
-        "error_message": bindparam("message", type_=Text),
-        "enqueued_at": case((bindparam("delivered", type_=Boolean), clock)),
-        "wake_at": func.coalesce(given.c.next_attempt_at, from_now(bindparam("wake_in", type_=Double))),
-        "finished_at": case((state.in_([each.value for each in TERMINAL]), clock)),
-    }
-    created = (
-        upsert(runs)
-        .from_select(list(values), select(*values.values()))
-        .on_conflict_do_nothing(index_elements=[runs.c.id])
-        .returning(runs.c.id, runs.c.task_id, runs.c.state, runs.c.error_code, runs.c.error_message)
-        .cte("created")
-    )
-    event = [
-        created.c.id,
-        literal(Event.RUN_ACCEPTED.value),
-        created.c.state,
-        *created.c["error_code", "error_message"],
-    ]
-    told = insert(run_events).from_select(["run_id", "event", "state", "code", "message"], select(*event))
-    audit = {
-        "run_id": created.c.id,
-        "task_id": created.c.task_id,
-        "actor": actor,
-        "action": literal("start"),
-        "reason": bindparam("reason", type_=Text),
-        "after": func.jsonb_build_object("state", created.c.state),
-    }
-    audited = insert(audit_events).from_select(list(audit), select(*audit.values()).where(actor.is_not(None)))
-    return select(created.c.id).add_cte(told.cte("told"), audited.cte("audited"))
-
-
-_INSERT: Final = _inserting()
-
-
 def insert_runs(
     connection: Connection,
     rows: Sequence[Mapping[str, object]],
@@ -232,10 +196,16 @@ def run_row(connection: Connection, run_id: UUID, *, lock: bool = False) -> Row[
     return run
 
 
+def among(states: Iterable[RunState]) -> ColumnElement[bool]:
+    """Whether a run is in one of some states."""
+    # As part of the text: parameters of a list are spelled out anew each time that a statement is executed.
+    return runs.c.state.in_([literal_column(f"'{state}'", Text) for state in sorted(states)])
+
+
 def workable(kind: RunKind) -> ColumnElement[bool]:
     """Whether a run is unfinished, and its wait, if any, over; of this kind, for a foreign message may carry any id."""
     due = or_(runs.c.next_attempt_at.is_(None), runs.c.next_attempt_at <= clock)
-    return (runs.c.kind == kind) & runs.c.state.in_(UNFINISHED) & due
+    return (runs.c.kind == kind) & among(UNFINISHED) & due
 
 
 def begin(
@@ -247,24 +217,41 @@ def begin(
     **values: object,
 ) -> Row[Any] | None:
     """Make a run running if it may work now (again); count a stall if nothing moved since the last one."""
+    facts = {"run": run_id, "wake_in": wake_in}
+    for step in (starting, going_on):
+        run = connection.execute(step(workable(kind), *conditions, **values), facts).one_or_none()
+        if run is not None:
+            measure_start(run)
+            return run
+    return None
+
+
+def starting(*conditions: ColumnElement[bool], **values: object) -> Select[Any]:
+    """Return the statement that makes a run running which is not.
+
+    Its parameters are ``run``, and ``wake_in`` in seconds. See :func:`measure_start`.
+    """
+    return moving(RunState.RUNNING, *conditions, **_begun() | values)
+
+
+def going_on(*conditions: ColumnElement[bool], **values: object) -> ReturningUpdate[Any]:
+    """Return the like statement for a run that is running."""
+    again = update(runs).where(runs.c.id == _RUN, runs.c.state == RunState.RUNNING, *conditions)
+    return again.values(_begun() | values).returning(runs, _WAITED)
+
+
+def _begun() -> dict[str, object]:
     # Many deliveries within moments are a storm, not a run that kills its workers: they count once.
     stalled = func.greatest(runs.c.progress_at, runs.c.stalled_at) < from_now(-5)
-    moved = {
+    return {
         "started_at": func.coalesce(runs.c.started_at, clock),
         "next_attempt_at": None,
-        "wake_at": from_now(wake_in),
+        "wake_at": from_now(bindparam("wake_in", type_=Double)),
         "wakes": 0,
         "stale_below": runs.c.wake_number + 1,
         "stalls": case((stalled, runs.c.stalls + 1), else_=runs.c.stalls),
         "stalled_at": case((stalled, clock), else_=runs.c.stalled_at),
-        **values,
     }
-    run = transition(connection, run_id, RunState.RUNNING, None, None, workable(kind), *conditions, **moved)
-    if run is not None:
-        _measure_start(run)
-        return run
-    again = update(runs).where(runs.c.id == run_id, runs.c.state == RunState.RUNNING, workable(kind), *conditions)
-    return connection.execute(again.values(moved).returning(runs)).one_or_none()
 
 
 def transition(
@@ -277,17 +264,25 @@ def transition(
     **values: object,
 ) -> Row[Any] | None:
     """Compare-and-set a run's state; return its row, or none when the present state does not lead there."""
-    if code is not None:
-        values |= {"error_code": code, "error_message": message}
-    run = connection.execute(
+    explained = {} if code is None else EXPLAINED
+    moved = moving(target, *conditions, **explained | values)
+    return connection.execute(moved, {"run": run_id, "why": code, "sentence": message}).one_or_none()
+
+
+def moving(target: RunState, *conditions: ColumnElement[bool], **values: object) -> Select[Any]:
+    """Return the statement that compares and sets a run's state, and records it.
+
+    Its parameters are ``run``, and the record's code and message, ``why`` and ``sentence``, none unless given. To make
+    one takes longer than to execute it: stories that are told often keep theirs.
+    """
+    moved = (
         update(runs)
-        .where(runs.c.id == run_id, runs.c.state.in_(sources_of(target)), *conditions)
+        .where(runs.c.id == _RUN, among(sources_of(target)), *conditions)
         .values(state=target, **values)
         .returning(runs, _WAITED)
-    ).one_or_none()
-    if run is not None:
-        _record(connection, run, _EVENTS[target], code, message)
-    return run
+        .cte("moved")
+    )
+    return select(moved).add_cte(_record(moved, _EVENTS[target], _WHY, _SENTENCE))
 
 
 def end(
@@ -300,17 +295,23 @@ def end(
     wake_at: ColumnElement[Any] | None = None,
 ) -> Row[Any] | None:
     """Make a run be over, with its reason unless it succeeded; return its row, or none when it cannot end so."""
-    cleared = {"error_code": None, "error_message": None} if target is RunState.SUCCEEDED else {}
+    moved = ending(target, *conditions, wake_at=wake_at)
+    return connection.execute(moved, {"run": run_id, "why": code, "sentence": message}).one_or_none()
+
+
+def ending(
+    target: RunState, *conditions: ColumnElement[bool], wake_at: ColumnElement[Any] | None = None
+) -> Select[Any]:
+    """Return the statement that makes a run be over, see :func:`end` and :func:`moving`."""
+    explained = {"error_code": None, "error_message": None} if target is RunState.SUCCEEDED else EXPLAINED
     ended = {"finished_at": clock, "wake_at": wake_at, "next_attempt_at": None, "awaits_slot": None}
-    return transition(connection, run_id, target, code, message, *conditions, **ended, **cleared)
+    return moving(target, *conditions, **ended, **explained)
 
 
-def _record(connection: Connection, run: Row[Any], event: Event, code: str | None, message: str | None) -> None:
-    connection.execute(insert(run_events).values(_event(run, event, code, message)))
-
-
-def _event(run: Row[Any], event: Event, code: str | None, message: str | None) -> dict[str, object]:
-    return {"run_id": run.id, "event": event, "state": run.state, "code": code, "message": message}
+def _record(changed: CTE, event: Event, code: ColumnElement[Any], message: ColumnElement[Any]) -> CTE:
+    """Return the part of a statement that records what another part of it changed: one round trip for both."""
+    facts = select(changed.c.id, literal(event.value), changed.c.state, code, message)
+    return insert(run_events).from_select(["run_id", "event", "state", "code", "message"], facts).cte("recorded")
 
 
 def count_created(kind: RunKind, trigger: Trigger) -> None:
@@ -319,7 +320,8 @@ def count_created(kind: RunKind, trigger: Trigger) -> None:
         RUNS_CREATED.add(kind, trigger)
 
 
-def _measure_start(run: Row[Any]) -> None:
+def measure_start(run: Row[Any]) -> None:
+    """Count and time the start of a run that one of our statements made running, unless it had been started before."""
     if run.waited is None:
         return
     RUN_START_DELAY.observe(float(run.waited), run.kind)
@@ -382,3 +384,40 @@ def complete_crawl(connection: Connection, run_id: UUID) -> Row[Any] | None:
 def lock_key(schema: str, purpose: str) -> ColumnElement[int]:
     """Return the key of an advisory lock; two ledgers in one database (two schemas) must not wait for each other."""
     return func.hashtextextended(f"orchestrator:{schema}:{purpose}", 0)
+
+
+def _inserting() -> Select[Any]:
+    """Return the statement that inserts any number of runs, their events and, if there is an actor, audit events."""
+    arrays = [bindparam(name, type_=ARRAY(runs.c[name].type)) for name in _IDENTITY]
+    given = func.unnest(*arrays).table_valued(*_IDENTITY).render_derived("given")
+    state, actor = bindparam("state", type_=Text), bindparam("actor", type_=Text)
+    values = {name: given.c[name] for name in _IDENTITY} | {
+        "state": state,
+        "error_code": bindparam("code", type_=Text),
+        "error_message": bindparam("message", type_=Text),
+        "enqueued_at": case((bindparam("delivered", type_=Boolean), clock)),
+        "wake_at": func.coalesce(given.c.next_attempt_at, from_now(bindparam("wake_in", type_=Double))),
+        "finished_at": case((state.in_([each.value for each in TERMINAL]), clock)),
+    }
+    created = (
+        upsert(runs)
+        .from_select(list(values), select(*values.values()))
+        .on_conflict_do_nothing(index_elements=[runs.c.id])
+        .returning(runs.c.id, runs.c.task_id, runs.c.state, runs.c.error_code, runs.c.error_message)
+        .cte("created")
+    )
+    recorded = _record(created, Event.RUN_ACCEPTED, created.c.error_code, created.c.error_message)
+    audit = {
+        "run_id": created.c.id,
+        "task_id": created.c.task_id,
+        "actor": actor,
+        "action": literal("start"),
+        "reason": bindparam("reason", type_=Text),
+        "after": func.jsonb_build_object("state", created.c.state),
+    }
+    audited = insert(audit_events).from_select(list(audit), select(*audit.values()).where(actor.is_not(None)))
+    return select(created.c.id).add_cte(recorded, audited.cte("audited"))
+
+
+# One, made once: most of what it costs to accept a run is to make statements and to exchange them.
+_INSERT: Final = _inserting()
