@@ -111,12 +111,12 @@ def _of_source(view: RunView) -> bool:
 def test_pages_show_every_run_that_fits_once(
     insights: Insights, monkeypatch: pytest.MonkeyPatch, wanted: RunFilter, fits: Callable[[RunView], bool], many: int
 ) -> None:
-    monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", many)
+    monkeypatch.setattr("orchestrator.insights.searches.MANY_RUNS", many)
     everything = insights.search_runs(RunFilter(), limit=100).runs
     assert len(everything) == 60
     assert everything == sorted(everything, key=lambda view: (view.created_at, view.id), reverse=True)
 
-    monkeypatch.setattr("orchestrator.insights.runs.MOST_PROBED", 7)
+    monkeypatch.setattr("orchestrator.insights.searches.MOST_PROBED", 7)
     found: list[RunView] = []
     page = insights.search_runs(wanted, limit=4, most=5)
     first = page
@@ -143,14 +143,14 @@ def test_a_page_looks_into_so_many_runs_for_a_common_data_source(
     search = partial(insights.search_runs, limit=100, most=100)
     assert search(common) == all_of_them
 
-    monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", 2)
+    monkeypatch.setattr("orchestrator.insights.searches.MANY_RUNS", 2)
     assert search(common) == all_of_them, "there are not that many runs"
-    monkeypatch.setattr("orchestrator.insights.runs.MOST_PROBED", 10)
+    monkeypatch.setattr("orchestrator.insights.searches.MOST_PROBED", 10)
 
     first = search(common)
-    crawls = [view for view in everything if view.kind is RunKind.CRAWL]
-    near = [view for view in fitting if _key(view) >= _key(crawls[9])]
-    assert first == FoundRuns(near, _key(crawls[9]), len(near), exact=False)
+    last = _key(everything[9])
+    near = [view for view in fitting if _key(view) >= last]
+    assert first == FoundRuns(near, last, len(near), exact=False)
     assert search(common, limit=2) == FoundRuns(near[:2], _key(near[1]), 2, exact=False)
     for narrow in (rare, replace(common, kind=RunKind.SITE_ANALYSIS), replace(common, theme_name="news"), RunFilter()):
         assert search(narrow).exact

@@ -291,8 +291,8 @@ def test_all_runs_of_a_rare_data_source_are_looked_up(bench: Workbench) -> None:
 def test_the_newest_runs_of_a_common_data_source_are_met_on_the_way(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.insights.runs.MANY_RUNS", 3)
-    monkeypatch.setattr("orchestrator.insights.runs.MOST_PROBED", 10)
+    monkeypatch.setattr("orchestrator.insights.searches.MANY_RUNS", 3)
+    monkeypatch.setattr("orchestrator.insights.searches.MOST_PROBED", 10)
     insights = Insights(bench.database)
 
     explained = Explained(bench, lambda: insights.search_runs(RunFilter(data_source_id=7), limit=3))

@@ -3,9 +3,10 @@
 Lists come in pages. A page is bounded, ordered by keys that an index has, and followed by the one ``after`` the keys of
 its last row: neither OFFSET nor a count over history, so that the millionth page costs what the first one does.
 
-One module a story; no story knows another:
+One module a story; no story knows another, but that searches show runs:
 
 - ``runs``: runs, and what is kept of each.
+- ``searches``: lists of runs.
 - ``schedules``: schedules, their readings and pauses, and what became of slots.
 - ``audit``: who changed what.
 - ``nodes``: workers and beats.
@@ -13,7 +14,7 @@ One module a story; no story knows another:
 
 from orchestrator.insights.audit import AuditFilter, AuditInsights, AuditView
 from orchestrator.insights.nodes import ALIVE_WITHIN, NodeInsights, NodeStatus, NodeView
-from orchestrator.insights.runs import AttemptView, DispatchView, EventView, FoundRuns, RunFilter, RunInsights, RunView
+from orchestrator.insights.runs import AttemptView, DispatchView, EventView, RunInsights, RunView
 from orchestrator.insights.schedules import (
     FiringFilter,
     FiringView,
@@ -22,6 +23,7 @@ from orchestrator.insights.schedules import (
     ScheduleInsights,
     ScheduleView,
 )
+from orchestrator.insights.searches import FoundRuns, RunFilter, RunSearches
 
 __all__ = [
     "ALIVE_WITHIN",
@@ -44,7 +46,7 @@ __all__ = [
 ]
 
 
-class Insights(RunInsights, ScheduleInsights, AuditInsights, NodeInsights):
+class Insights(RunSearches, RunInsights, ScheduleInsights, AuditInsights, NodeInsights):
     """Reads for people.
 
     Args:

@@ -3,23 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, Self
 from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
-    Connection,
     Row,
-    Select,
     exists,
     func,
     literal,
-    literal_column,
     or_,
     select,
-    true,
-    tuple_,
-    union_all,
 )
 
 from orchestrator.db import Database
@@ -32,17 +26,12 @@ from orchestrator.domain import (
     RunKind,
     RunState,
     SkipReason,
-    Trigger,
     message_id,
 )
 from orchestrator.errors import InvalidArgumentsError, RunNotFoundError
 from orchestrator.schema import attempts, dispatches, run_events, runs
 
 MOST_SKIPS: Final = 10_000
-MANY_RUNS: Final = 1_000
-"""A data source with so many runs is a common one; of others all runs are looked at to find the newest ones."""
-MOST_PROBED: Final = 2_000
-"""Runs that are looked into for a common data source, for one page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +62,12 @@ class RunView:
     scheduled_for: datetime | None
     traceparent: str
 
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Self:
+        """Read a row of :data:`RUN_COLUMNS`."""
+        run_id, kind, state, *rest = row
+        return cls(run_id, RunKind(kind), RunState(state), *rest)
+
     @property
     def pending(self) -> int:
         """Dispatches that are neither published nor skipped."""
@@ -94,54 +89,6 @@ class RunView:
     def what(self) -> str:
         """What it does, in words."""
         return f"{self.kind} without usable arguments" if self.arguments is None else self.arguments.what
-
-
-@dataclass(frozen=True, slots=True)
-class RunFilter:
-    """Which runs are wanted: those that fit all that is given.
-
-    Attributes:
-        kind: of this kind.
-        state: in this state.
-        task_id: of this crawl task.
-        data_source_id: analyses of this data source, and crawl runs whose plan has it.
-        theme_name: analyses for this theme.
-        trigger: started so.
-        error_code: with this error.
-        since: created at this moment or later.
-        until: created before this moment.
-    """
-
-    kind: RunKind | None = None
-    state: RunState | None = None
-    task_id: int | None = None
-    data_source_id: int | None = None
-    theme_name: str | None = None
-    trigger: Trigger | None = None
-    error_code: str | None = None
-    since: datetime | None = None
-    until: datetime | None = None
-
-
-Position = tuple[datetime, UUID]
-"""Of a run in a list: its ``created_at`` and ``id``."""
-
-
-@dataclass(frozen=True, slots=True)
-class FoundRuns:
-    """Runs that fit a filter.
-
-    Attributes:
-        runs: a page of them, newest first.
-        following: after which the next page begins; none: there is none.
-        counted: how many fit in all, or at least.
-        exact: whether these are all.
-    """
-
-    runs: list[RunView]
-    following: Position | None
-    counted: int
-    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,19 +136,10 @@ class DispatchView:
     message_id: UUID
 
 
-_RUN_COLUMNS: Final = [runs.c[name] for name in RunView.__dataclass_fields__]
+RUN_COLUMNS: Final = [runs.c[name] for name in RunView.__dataclass_fields__]
 _ATTEMPT_COLUMNS: Final = [attempts.c[name] for name in AttemptView.__dataclass_fields__]
 _EVENT_COLUMNS: Final = [run_events.c[name] for name in EventView.__dataclass_fields__]
 _DISPATCH_COLUMNS: Final = [dispatches.c[name] for name in DispatchView.__dataclass_fields__ if name != "message_id"]
-_KEYS: Final = (runs.c.created_at, runs.c.id)
-_NEWEST_FIRST: Final = tuple(key.desc() for key in _KEYS)
-_EQUAL: Final = ("kind", "state", "task_id", "theme_name", "trigger", "error_code")
-# The conditions of partial indexes, word for word: a prepared statement's plan does not know the values asked for.
-_NOT_SCHEDULED: Final = literal_column("trigger <> 'schedule'", type_=true().type)
-_ANALYSIS: Final = literal_column("kind = 'site_analysis'", type_=true().type)
-# An index of its own has this sum; see the schema.
-_source: Final[ColumnElement[int]] = dispatches.c.data_source_id + literal_column("0")
-
 Conditions = list[ColumnElement[bool]]
 
 
@@ -215,32 +153,6 @@ class RunInsights:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def search_runs(self, wanted: RunFilter, *, limit: int, after: Position | None = None, most: int = 0) -> FoundRuns:
-        """Find runs, newest first.
-
-        For the runs of a common data source :data:`MOST_PROBED` are looked into, so that no page takes long: one may
-        have few or none of them, and another one following all the same. Those beyond the page are not counted.
-
-        Args:
-            wanted: which.
-            limit: at most so many on the page.
-            after: go on after this one.
-            most: count how many there are up to so many; 0: do not.
-        """
-        with self._database.reading() as connection:
-            common = _is_common(connection, wanted)
-            rows = connection.execute(_newest(wanted, limit + 1, after, common=common))
-            found = [_run_view(row) for row in rows]
-            following = _position(found[limit - 1]) if len(found) > limit else None
-            if common and following is None:
-                following = _last_probed(connection, wanted, after)
-                found = [run for run in found if following is None or _position(run) >= following]
-            counted, exact = len(found[:limit]), after is None and following is None
-            if most and not common and not exact:
-                counted = connection.scalar(_count(wanted, most + 1)) or 0
-                exact = counted <= most
-        return FoundRuns(found[:limit], following, min(counted, most) if most else counted, exact)
-
     def run(self, run_id: UUID) -> RunView:
         """Return one run.
 
@@ -248,10 +160,10 @@ class RunInsights:
             RunNotFoundError: there is no such run.
         """
         with self._database.reading() as connection:
-            row = connection.execute(select(*_RUN_COLUMNS).where(runs.c.id == run_id)).one_or_none()
+            row = connection.execute(select(*RUN_COLUMNS).where(runs.c.id == run_id)).one_or_none()
         if row is None:
             raise RunNotFoundError(f"there is no run {run_id}")
-        return _run_view(row)
+        return RunView.of(row)
 
     def unfinished(self, run_ids: Sequence[UUID]) -> int:
         """Return how many of the runs are not over."""
@@ -274,7 +186,7 @@ class RunInsights:
     def unfinished_at(self, task_id: int, moment: datetime) -> RunView | None:
         """Return the newest run of a crawl task that was unfinished at a moment, by what is known of it now."""
         statement = (
-            select(*_RUN_COLUMNS)
+            select(*RUN_COLUMNS)
             .where(runs.c.task_id == task_id, runs.c.created_at <= moment)
             .where(or_(runs.c.finished_at.is_(None), runs.c.finished_at > moment))
             .order_by(runs.c.created_at.desc())
@@ -282,7 +194,7 @@ class RunInsights:
         )
         with self._database.reading() as connection:
             row = connection.execute(statement).one_or_none()
-        return None if row is None else _run_view(row)
+        return None if row is None else RunView.of(row)
 
     # --- What is kept of one run -----------------------------------------------------------------------------
 
@@ -346,105 +258,6 @@ class RunInsights:
 # --- Statements ----------------------------------------------------------------------------------------------------
 
 
-def _newest(wanted: RunFilter, limit: int, after: Position | None, *, common: bool) -> Select[Any]:
-    """Select the newest runs that fit."""
-    if wanted.data_source_id is None:
-        return _page(_RUN_COLUMNS, _conditions(wanted, after), limit)
-    newest = _newest_of_source(wanted.data_source_id, wanted, limit, after, common=common).subquery()
-    return select(*_RUN_COLUMNS).join_from(newest, runs, runs.c.id == newest.c.id).order_by(*_NEWEST_FIRST)
-
-
-def _count(wanted: RunFilter, limit: int) -> Select[Any]:
-    """Count the runs that fit, up to a limit; not for a common data source."""
-    # In order, or else the planner takes a walk through the table. Without their ids, which some indexes do not have.
-    some: Select[Any] = select(true()).select_from(runs).where(*_conditions(wanted, None))
-    some = some.order_by(runs.c.created_at.desc()).limit(limit)
-    if wanted.data_source_id is not None:
-        some = _newest_of_source(wanted.data_source_id, wanted, limit, None, common=False)
-    return select(func.count()).select_from(some.subquery())
-
-
-def _newest_of_source(
-    source: int, wanted: RunFilter, limit: int, after: Position | None, *, common: bool
-) -> Select[Any]:
-    """Select the keys of the newest runs of a data source, which may be in runs of either kind."""
-    pages = [_page(_KEYS, [*_conditions(wanted, after), runs.c.data_source_id == source], limit)]
-    if _is_planned(wanted) and common:
-        pages.append(_probed(_crawls(wanted, after), source, limit))
-    elif _is_planned(wanted):
-        pages.append(_page(_KEYS, [*_crawls(wanted, after), _in_plan(source)], limit))
-    # Each is read off an index of its own, and no run is on both; an OR would be read off none.
-    either = union_all(*(select(each.subquery()) for each in pages)).subquery()
-    return select(either).order_by(either.c.created_at.desc(), either.c.id.desc()).limit(limit)
-
-
-def _page(columns: Sequence[ColumnElement[Any]], conditions: Conditions, limit: int) -> Select[Any]:
-    return select(*columns).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit)
-
-
-def _conditions(wanted: RunFilter, after: Position | None) -> Conditions:
-    conditions = [runs.c[name] == getattr(wanted, name) for name in _EQUAL if getattr(wanted, name) is not None]
-    if wanted.since is not None:
-        conditions.append(runs.c.created_at >= wanted.since)
-    if wanted.until is not None:
-        conditions.append(runs.c.created_at < wanted.until)
-    if wanted.trigger not in {None, Trigger.SCHEDULE}:
-        conditions.append(_NOT_SCHEDULED)
-    if wanted.kind is RunKind.SITE_ANALYSIS:
-        conditions.append(_ANALYSIS)
-    if after is not None:
-        position = (literal(value, key.type) for key, value in zip(_KEYS, after, strict=True))
-        conditions.append(tuple_(*_KEYS) < tuple_(*position))
-    return conditions
-
-
-# --- Crawl runs by data source. The planner has to guess how many there are, and a wrong guess costs seconds: so there
-# --- are two ways, and we say which.
-
-
-def _is_planned(wanted: RunFilter) -> bool:
-    """Whether plans of crawl runs have to be looked into."""
-    return wanted.data_source_id is not None and wanted.kind is not RunKind.SITE_ANALYSIS and wanted.theme_name is None
-
-
-def _is_common(connection: Connection, wanted: RunFilter) -> bool:
-    """Whether the crawl runs of a data source are too many to be looked up one by one."""
-    if not _is_planned(wanted):
-        return False
-    # A range in order, which an index has: with an equation all of its entries would be collected first.
-    of_source = (
-        select(true()).select_from(dispatches).where(_source.between(wanted.data_source_id, wanted.data_source_id))
-    )
-    return connection.scalar(of_source.order_by(_source).offset(MANY_RUNS - 1).limit(1)) is True
-
-
-def _crawls(wanted: RunFilter, after: Position | None) -> Conditions:
-    return [*_conditions(wanted, after), runs.c.kind == RunKind.CRAWL]
-
-
-def _in_plan(data_source_id: int) -> ColumnElement[bool]:
-    """Return the condition that a run has a dispatch for a rare data source: its runs are looked up first."""
-    of_source = select(dispatches.c.run_id).where(_source == data_source_id)
-    return runs.c.id == func.any(func.array(of_source.scalar_subquery()))
-
-
-def _probed(crawls: Conditions, data_source_id: int, limit: int) -> Select[Any]:
-    """Select those of the newest runs that have a dispatch for a common data source, by looking into one by one."""
-    newest = _page(_KEYS, crawls, MOST_PROBED).subquery("newest")
-    of_run = (dispatches.c.run_id == newest.c.id) & (dispatches.c.data_source_id == data_source_id)
-    has_it = select(true()).where(of_run).limit(1).scalar_subquery()
-    return select(newest).where(has_it).order_by(newest.c.created_at.desc(), newest.c.id.desc()).limit(limit)
-
-
-def _last_probed(connection: Connection, wanted: RunFilter, after: Position | None) -> Position | None:
-    """Return the last run that was looked into, if there are more."""
-    row = connection.execute(_page(_KEYS, _crawls(wanted, after), 1).offset(MOST_PROBED - 1)).one_or_none()
-    return None if row is None else (row.created_at, row.id)
-
-
-# --- The rest ------------------------------------------------------------------------------------------------------
-
-
 def _in_state(run_id: UUID, state: DispatchState) -> Conditions:
     if state is DispatchState.SKIPPED:
         # What the index has: one on the state itself would make marking a batch twice as dear.
@@ -456,15 +269,6 @@ def _in_state(run_id: UUID, state: DispatchState) -> Conditions:
         DispatchState.PUBLISHED: runs.c.published > 0,
     }
     return [dispatches.c.state == state, exists().where(runs.c.id == run_id, left[state])]
-
-
-def _position(run: RunView) -> Position:
-    return run.created_at, run.id
-
-
-def _run_view(row: Sequence[Any]) -> RunView:
-    run_id, kind, state, *rest = row
-    return RunView(run_id, RunKind(kind), RunState(state), *rest)
 
 
 def _attempt_view(row: Row[Any]) -> AttemptView:
