@@ -145,7 +145,8 @@ class Database:
             max_overflow=60,  # a worker of threads holds one connection a thread
             pool_timeout=10,
             hide_parameters=True,  # a traceback is for everybody, what callers write is not
-            execution_options={"schema_translate_map": {SCHEMA: self.schema}},
+            # With a map each statement's text is gone through whenever it is executed.
+            execution_options={} if self.schema == SCHEMA else {"schema_translate_map": {SCHEMA: self.schema}},
         )
         event.listen(engine, "handle_error", _forget_broken_connection)
         event.listen(engine, "connect", _note_use)

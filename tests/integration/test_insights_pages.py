@@ -69,13 +69,19 @@ def pages(ask: Callable[..., Sequence[Row]], key: Callable[[Row], Any], limit: i
 
 
 @pytest.fixture(scope="module")
-def insights(postgres_server: PostgresServer, empty: str) -> Iterator[Insights]:
-    """Reads of 60 runs."""
+def bench_of_runs(postgres_server: PostgresServer, empty: str) -> Iterator[Workbench]:
+    """A ledger with 60 runs."""
     with Workbench.copy_of(postgres_server, empty) as bench:
         with psycopg.connect(bench.url, autocommit=True) as connection:
             connection.execute(_RUNS, {"now": NOW})
             connection.execute(_DISPATCHES)
-        yield Insights(bench.database)
+        yield bench
+
+
+@pytest.fixture
+def insights(bench_of_runs: Workbench) -> Insights:
+    """Reads of 60 runs, as a process that has just begun."""
+    return Insights(bench_of_runs.database)
 
 
 def _of_source(view: RunView) -> bool:
@@ -134,16 +140,17 @@ def test_pages_show_every_run_that_fits_once(
 
 
 def test_a_page_looks_into_so_many_runs_for_a_common_data_source(
-    insights: Insights, monkeypatch: pytest.MonkeyPatch
+    bench_of_runs: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    insights = Insights(bench_of_runs.database)
     everything = insights.search_runs(RunFilter(), limit=100).runs
     common, rare = RunFilter(data_source_id=6), RunFilter(data_source_id=99)
     fitting = list(filter(_of_source, everything))
     all_of_them = FoundRuns(fitting, None, len(fitting), exact=True)
-    search = partial(insights.search_runs, limit=100, most=100)
-    assert search(common) == all_of_them
+    assert insights.search_runs(common, limit=100, most=100) == all_of_them
 
     monkeypatch.setattr("orchestrator.insights.searches.MANY_RUNS", 2)
+    search = partial(Insights(bench_of_runs.database).search_runs, limit=100, most=100)
     assert search(common) == all_of_them, "there are not that many runs"
     monkeypatch.setattr("orchestrator.insights.searches.MOST_PROBED", 10)
 

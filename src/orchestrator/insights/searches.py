@@ -4,9 +4,11 @@ Each shape of a search, whatever its values, has a statement that is made once: 
 PostgreSQL to answer it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from time import monotonic
 from typing import Any, Final
 from uuid import UUID
 
@@ -35,6 +37,8 @@ MANY_RUNS: Final = 1_000
 MOST_PROBED: Final = 2_000
 """Runs that are looked into for a common data source, for one page."""
 _SHAPES: Final = 500
+_KNOWN_FOR: Final = 60.0  # seconds
+_MOST_KNOWN: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class RunSearches:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._known: dict[object, tuple[float, bool]] = {}
 
     def search_runs(self, wanted: RunFilter, *, limit: int, after: Position | None = None, most: int = 0) -> FoundRuns:
         """Find runs, newest first.
@@ -110,7 +115,7 @@ class RunSearches:
         values = _values(wanted, after) | {"limit": limit + 1, "probed": MOST_PROBED, "many": MANY_RUNS - 1}
         with self._database.reading() as connection:
             shape = _shape(wanted, after)
-            if _in_plans(shape) and connection.scalar(_IS_COMMON, values):
+            if _in_plans(shape) and self._is_common(connection, values):
                 shape |= {_COMMON}
             found = [RunView.of(row) for row in connection.execute(_newest(shape), values)]
             following = _position(found[limit - 1]) if len(found) > limit else None
@@ -122,6 +127,20 @@ class RunSearches:
                 counted = connection.scalar(_count(shape - {_CONTINUED}), values | {"limit": most + 1}) or 0
                 exact = counted <= most
         return FoundRuns(found[:limit], following, min(counted, most) if most else counted, exact)
+
+    def _is_common(self, connection: Connection, values: Mapping[str, object]) -> bool:
+        """Whether the crawl runs of a data source are too many to be looked up one by one.
+
+        That changes slowly, and either way finds the same runs: what was found holds for a while.
+        """
+        source = values["data_source_id"]
+        good_until, common = self._known.get(source, (0.0, False))
+        if monotonic() > good_until:
+            common = connection.scalar(_IS_COMMON, values) is True
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[source] = monotonic() + _KNOWN_FOR, common
+        return common
 
 
 # --- Shapes --------------------------------------------------------------------------------------------------------
@@ -237,7 +256,6 @@ _IS_COMMON: Final = (
     .offset(bindparam("many", type_=Integer))
     .limit(1)
 )
-"""Whether the crawl runs of a data source are too many to be looked up one by one."""
 
 _IN_PLAN: Final = runs.c.id == func.any(
     func.array(select(dispatches.c.run_id).where(_source == _SOURCE).scalar_subquery())
