@@ -25,6 +25,8 @@ from sqlalchemy import func, select
 
 from orchestrator.domain import CrawlArguments, DispatchState, NewRun, Node, RunKind, RunState, Trigger, traceparent_of
 from orchestrator.insights import FiringFilter, Insights, RunFilter
+from orchestrator.settings import LogSettings
+from orchestrator.telemetry import configure_logging
 from tests.bench.schedules import host
 from tests.support.ledgers import Workbench, template
 from tests.support.postgres import PostgresServer
@@ -266,6 +268,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--times", type=int, default=ASKED)
     chosen = parser.parse_args()
+    configure_logging(LogSettings(level="WARNING"))
     with (
         PostgresServer(SERVER) as server,
         template(server) as empty,
