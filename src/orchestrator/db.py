@@ -15,7 +15,7 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.types.array import ListBinaryDumper
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -104,7 +104,7 @@ class Database:
             with translated_errors():
                 yield within
             return
-        with translated_errors(), self._engine.begin() as connection:
+        with translated_errors(), _connected(self._engine) as connection, connection.begin():
             acts: list[Callable[[], object]] = []
             connection.info[_AFTER_COMMIT] = acts
             yield connection
@@ -125,7 +125,7 @@ class Database:
             with translated_errors():
                 yield within
             return
-        with translated_errors(), self._reader.connect() as connection:
+        with translated_errors(), _connected(self._reader) as connection:
             yield connection
 
     def close(self) -> None:
@@ -254,11 +254,32 @@ class _Session(psycopg.Connection[Any]):
         self.waits_for = found[1]
         return found[0] in _BUSY or (found[0] == _UNKNOWN and not give_up)
 
+    def answers(self) -> bool:
+        """Return whether the server answers; between two transactions."""
+        try:
+            self.autocommit = True
+            self.execute("")
+            self.autocommit = False
+        except psycopg.Error:
+            return False
+        return True
+
     def has_answer(self) -> bool:
         """Return whether the server has sent what nobody has read yet."""
         poll = select.poll()
         poll.register(self.pgconn.socket, select.POLLIN)
         return any(event & select.POLLIN for _, event in poll.poll(0))
+
+
+@contextmanager
+def _connected(engine: Engine) -> Iterator[Connection]:
+    try:
+        connection = engine.connect()
+    except InvalidRequestError as error:
+        # The pool's word for two connections in a row that were of no use.
+        raise DatabaseUnavailableError("PostgreSQL ends connections as soon as they are made") from error
+    with connection:
+        yield connection
 
 
 @contextmanager
@@ -318,11 +339,6 @@ def _check_use(session: _Session, entry: ConnectionPoolEntry, _: object) -> None
         InvalidatePoolError: it is not; the pool opens new ones then.
     """
     # A server that ends a session says so, also one that is killed: there is something to read.
-    if monotonic() - entry.info.get(_USED_AT, 0.0) < FRESH and not session.has_answer():
-        return
-    try:
-        session.autocommit = True
-        session.execute("")
-        session.autocommit = False
-    except psycopg.Error as error:
-        raise InvalidatePoolError from error
+    fresh = monotonic() - entry.info[_USED_AT] < FRESH
+    if (not fresh or session.has_answer()) and not session.answers():
+        raise InvalidatePoolError

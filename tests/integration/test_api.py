@@ -9,6 +9,7 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 import httpx2
+import psycopg
 import pytest
 
 from orchestrator.api.security import FAILURES
@@ -117,6 +118,18 @@ def test_only_the_whole_key_opens(api: Api) -> None:
         assert wrong not in str(problem)
         assert answer.headers["www-authenticate"].startswith("Bearer")
     problem_of(api.get("/v1/runs", None, headers={"Authorization": f"Basic {key}"}), 401, "unauthenticated")
+
+
+def test_a_key_is_good_while_its_use_cannot_be_noted(api: Api) -> None:
+    made = command(api.stack, "keys", "create", "unnoted", "--role", "viewer", "--json").document
+    bearer = {"Authorization": f"Bearer {made['key']}"}
+    with psycopg.connect(api.stack.database) as somebody:
+        somebody.execute("SELECT FROM orchestrator.api_keys WHERE id = %s FOR UPDATE", [made["id"]])
+        assert api.get("/v1/runs", None, headers=bearer).status_code == 200
+    note = "SELECT used_at FROM orchestrator.api_keys WHERE id = %s"
+    assert api.stack.query(note, made["id"]) == [{"used_at": None}]
+    assert api.get("/v1/runs", None, headers=bearer).status_code == 200
+    assert api.stack.query(note, made["id"])[0]["used_at"] is not None
 
 
 def test_keys_are_made_listed_and_revoked_at_the_command_line(api: Api) -> None:

@@ -3,11 +3,14 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg import sql
 from sqlalchemy import text
+from sqlalchemy.exc import DataError
 
 from orchestrator import db
 from orchestrator.db import Database
@@ -126,3 +129,77 @@ def test_so_is_a_lock(database: Database, database_url: str) -> None:
     done.set()
     thread.join()
     holder.close()
+
+
+# --- Connections that are used again -------------------------------------------------------------------------------
+
+
+def backend(database: Database) -> object:
+    with database.reading() as connection:
+        return connection.scalar(text("SELECT pg_backend_pid()"))
+
+
+def end(database_url: str, *backends: object) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        for each in backends:
+            assert connection.execute("SELECT pg_terminate_backend(%s, 10000)", [each]).fetchone() == (True,)
+
+
+def fail() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("statement", ["SELECT 1", "SELECT 1 / 0", None])
+def test_a_transaction_on_a_connection_that_was_lent_for_reading_is_one(
+    database: Database, statement: str | None
+) -> None:
+    with suppress(DataError, ZeroDivisionError), database.reading() as connection:
+        lent = connection.scalar(text("SELECT pg_backend_pid()"))
+        connection.execute(text(statement)) if statement else fail()
+
+    with suppress(ZeroDivisionError), database.transaction() as connection:
+        assert connection.scalar(text("SELECT pg_backend_pid()")) == lent
+        connection.execute(text("CREATE TABLE one (number integer)"))
+        connection.execute(text("INSERT INTO one VALUES (1)"))
+        fail()
+
+    assert answer(database, "SELECT to_regclass('one')") is None
+
+
+def test_reading_keeps_no_transaction_open(database: Database, database_url: str) -> None:
+    with database.reading() as connection:
+        lent = connection.scalar(text("SELECT pg_backend_pid()"))
+        with psycopg.connect(database_url) as other:
+            row = other.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", [lent]).fetchone()
+    assert row == ("idle",)
+
+
+@pytest.mark.parametrize("fresh", [db.FRESH, 0.0])
+def test_a_session_that_was_ended_is_not_lent_again(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch, fresh: float
+) -> None:
+    monkeypatch.setattr(db, "FRESH", fresh)
+    ended = backend(database)
+    end(database_url, ended)
+
+    assert backend(database) != ended
+    assert answer(database) == 1
+
+
+def test_of_many_sessions_that_were_ended_none_is_lent_again(database: Database, database_url: str) -> None:
+    with database.transaction() as one, database.transaction() as two, database.transaction() as three:
+        ended = [each.scalar(text("SELECT pg_backend_pid()")) for each in (one, two, three)]
+    end(database_url, *ended)
+
+    with database.transaction() as one, database.transaction() as two, database.transaction() as three:
+        assert all(each.scalar(text("SELECT pg_backend_pid()")) not in ended for each in (one, two, three))
+
+
+def test_a_server_that_ends_each_session_as_it_begins_is_unavailable(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.db._Session.has_answer", lambda _: True)
+    monkeypatch.setattr("orchestrator.db._Session.answers", lambda _: False)
+
+    with pytest.raises(DatabaseUnavailableError):
+        answer(database)

@@ -1282,6 +1282,16 @@ def test_a_second_delivery_inside_the_lease_leaves(bench: Workbench) -> None:
     assert len(bench.attempts(run_id)) == 1
 
 
+def test_a_second_delivery_does_not_stand_in_line_with_its_run_locked(bench: Workbench) -> None:
+    run_id = bench.accept_analysis()
+    assert bench.begin_attempt(run_id) is not None
+
+    with psycopg.connect(bench.url) as starter:
+        starter.execute("SELECT pg_advisory_xact_lock(hashtextextended('orchestrator:orchestrator:discovery', 0))")
+        # It would be an error of the lock's time-out.
+        assert bench.begin_attempt(run_id) is None
+
+
 def test_a_call_whose_lease_ran_out_is_lost_and_counts(bench: Workbench) -> None:
     run_id = bench.accept_analysis()
     first = bench.begin_attempt(run_id)

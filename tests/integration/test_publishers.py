@@ -589,10 +589,12 @@ class TestBrokerInTrouble:
 
         previous = signal.signal(signal.SIGALRM, interrupt)
         broker.pause()
+        began_at = monotonic()
         try:
             signal.setitimer(signal.ITIMER_REAL, 0.2)
             with pytest.raises(InterruptedByTestError):
                 fragile.publish(publisher, batch_of(10_000))
+            assert monotonic() - began_at < HASTY.confirm, "it was interrupted, and did not give up by itself"
         finally:
             broker.resume()
             signal.signal(signal.SIGALRM, previous)

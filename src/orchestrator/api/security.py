@@ -7,6 +7,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
+from http import HTTPStatus
+from inspect import iscoroutinefunction
 from time import monotonic
 from typing import Annotated, Any, Final, TypeVar, cast
 
@@ -133,20 +135,22 @@ class Routes:
         )
 
         def register(handler: Handler) -> Handler:
-            route(_answered(handler))
+            route(_answered(handler, options.get("status_code", HTTPStatus.OK)))
             return handler
 
         return register
 
 
-def _answered(handler: Callable[..., Any]) -> Callable[..., Response]:
+def _answered(handler: Callable[..., Any], status: int) -> Callable[..., Response]:
     """Have a handler's thread write the answer: FastAPI would check it against its own model, in yet another thread."""
+    if iscoroutinefunction(handler):
+        raise TypeError(f"{handler} must not be async: it is called in a thread")
 
     @wraps(handler)
     def answering(*args: object, **kwargs: object) -> Response:
         answer = handler(*args, **kwargs)
         if isinstance(answer, BaseModel):
-            return Response(answer.model_dump_json(), media_type="application/json")
+            return Response(answer.model_dump_json(), status, media_type="application/json")
         return cast("Response", answer)
 
     return answering

@@ -4,7 +4,7 @@ Each shape of a search, whatever its values, has a statement that is made once: 
 PostgreSQL to answer it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -112,18 +112,16 @@ class RunSearches:
             after: go on after this one.
             most: count how many there are up to so many; 0: do not.
         """
-        values = _values(wanted, after) | {"limit": limit + 1, "probed": MOST_PROBED, "many": MANY_RUNS - 1}
+        shape, values = _shape(wanted, after), _values(wanted, after)
         with self._database.reading() as connection:
-            shape = _shape(wanted, after)
-            if _in_plans(shape) and self._is_common(connection, values):
+            common = _in_plans(shape) and self._is_common(connection, values)
+            if common:
                 shape |= {_COMMON}
-            found = [RunView.of(row) for row in connection.execute(_newest(shape), values)]
-            following = _position(found[limit - 1]) if len(found) > limit else None
-            if _COMMON in shape and following is None:
-                following = _last_probed(connection, shape, values)
-                found = [run for run in found if following is None or _position(run) >= following]
+            # One more tells that there are more; that and the edge may come in either order.
+            found, edge = _read(connection.execute(_newest(shape), values | {"limit": limit + 1 + common}))
+            following = _position(found[limit - 1]) if len(found) > limit else edge
             counted, exact = len(found[:limit]), after is None and following is None
-            if most and _COMMON not in shape and not exact:
+            if most and not common and not exact:
                 counted = connection.scalar(_count(shape - {_CONTINUED}), values | {"limit": most + 1}) or 0
                 exact = counted <= most
         return FoundRuns(found[:limit], following, min(counted, most) if most else counted, exact)
@@ -131,12 +129,12 @@ class RunSearches:
     def _is_common(self, connection: Connection, values: Mapping[str, object]) -> bool:
         """Whether the crawl runs of a data source are too many to be looked up one by one.
 
-        That changes slowly, and either way finds the same runs: what was found holds for a while.
+        That changes slowly, and either way finds the same runs, page by page: what was found holds for a while.
         """
         source = values["data_source_id"]
         good_until, common = self._known.get(source, (0.0, False))
         if monotonic() > good_until:
-            common = connection.scalar(_IS_COMMON, values) is True
+            common = connection.scalar(_IS_COMMON, {**values, "many": MANY_RUNS - 1}) is True
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[source] = monotonic() + _KNOWN_FOR, common
@@ -168,6 +166,7 @@ def _shape(wanted: RunFilter, after: Position | None) -> _Shape:
 
 def _values(wanted: RunFilter, after: Position | None) -> dict[str, object]:
     values = {name: getattr(wanted, name) for name in RunFilter.__dataclass_fields__}
+    values |= {"probed": MOST_PROBED, "before_edge": MOST_PROBED - 1}
     return values if after is None else values | {"after_at": after[0], "after_id": after[1]}
 
 
@@ -190,7 +189,6 @@ _OF_INDEXES: Final = {
     _ANALYSES: literal_column("kind = 'site_analysis'", type_=true().type),
 }
 _LIMIT: Final = bindparam("limit", type_=Integer)
-_PROBED: Final = bindparam("probed", type_=Integer)
 _SOURCE: Final = bindparam("data_source_id", type_=runs.c.data_source_id.type)
 # An index of its own has this sum; see the schema.
 _source: Final[ColumnElement[int]] = dispatches.c.data_source_id + literal_column("0")
@@ -198,11 +196,25 @@ _source: Final[ColumnElement[int]] = dispatches.c.data_source_id + literal_colum
 
 @lru_cache(_SHAPES)
 def _newest(shape: _Shape) -> Select[Any]:
-    """Select the newest runs that fit."""
+    """Select the newest runs that fit, and for each row whether it only tells where the search had to end."""
     if "data_source_id" not in shape:
-        return select(*RUN_COLUMNS).where(*_conditions(shape)).order_by(*_NEWEST_FIRST).limit(_LIMIT)
+        columns = [*RUN_COLUMNS, literal_column("false").label("edge")]
+        return select(*columns).where(*_conditions(shape)).order_by(*_NEWEST_FIRST).limit(_LIMIT)
     newest = _newest_of_source(shape).subquery()
-    return select(*RUN_COLUMNS).join_from(newest, runs, runs.c.id == newest.c.id).order_by(*_NEWEST_FIRST)
+    found = select(*RUN_COLUMNS, newest.c.edge).join_from(newest, runs, runs.c.id == newest.c.id)
+    return found.order_by(*_NEWEST_FIRST)
+
+
+def _read(rows: Iterable[Sequence[Any]]) -> tuple[list[RunView], Position | None]:
+    """Return the runs up to the edge, if there is one, and the edge: what is beyond it is for the next page."""
+    found, edge = [], None
+    for *row, is_edge in rows:
+        run = RunView.of(row)
+        if is_edge:
+            edge = _position(run)
+        else:
+            found.append(run)
+    return [run for run in found if edge is None or _position(run) >= edge], edge
 
 
 @lru_cache(_SHAPES)
@@ -219,15 +231,18 @@ def _count(shape: _Shape) -> Select[Any]:
 def _newest_of_source(shape: _Shape) -> Select[Any]:
     """Select the keys of the newest runs of a data source, which may be in runs of either kind."""
     pages = [_page([*_conditions(shape), runs.c.data_source_id == _SOURCE])]
-    if _in_plans(shape):
-        pages.append(_probed(shape) if _COMMON in shape else _page([*_conditions(shape), _IN_PLAN]))
-    # Each is read off an index of its own, and no run is on both; an OR would be read off none.
+    if _COMMON in shape:
+        pages += _probed(shape)
+    elif _in_plans(shape):
+        pages.append(_page([*_conditions(shape), _IN_PLAN]))
+    # Each is read off an index of its own, and no run is on two; an OR would be read off none.
     either = union_all(*(select(each.subquery()) for each in pages)).subquery()
     return select(either).order_by(either.c.created_at.desc(), either.c.id.desc()).limit(_LIMIT)
 
 
 def _page(conditions: _Conditions, limit: BindParameter[int] = _LIMIT) -> Select[Any]:
-    return select(*_KEYS).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit)
+    columns = [*_KEYS, literal_column("false").label("edge")]
+    return select(*columns).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit)
 
 
 def _conditions(shape: _Shape) -> _Conditions:
@@ -263,19 +278,21 @@ _IN_PLAN: Final = runs.c.id == func.any(
 """That a run has a dispatch for a rare data source: its runs are looked up first."""
 
 
-def _probed(shape: _Shape) -> Select[Any]:
-    """Select those of the newest runs that have a dispatch for a common data source, by looking into one by one."""
-    newest = _page(_conditions(shape), _PROBED).subquery("newest")
+def _probed(shape: _Shape) -> tuple[Select[Any], Select[Any]]:
+    """Select those of the newest runs that have a dispatch for a common data source, by looking into one by one.
+
+    And the last of them all, where there may be more. By one statement: what changes between two would let runs fall
+    through.
+    """
+    newest = _page(_conditions(shape), bindparam("probed", type_=Integer)).cte("newest")
+    newest_first = (newest.c.created_at.desc(), newest.c.id.desc())
     of_run = (dispatches.c.run_id == newest.c.id) & (dispatches.c.data_source_id == _SOURCE)
     has_it = select(true()).where(of_run).limit(1).scalar_subquery()
-    return select(newest).where(has_it).order_by(newest.c.created_at.desc(), newest.c.id.desc()).limit(_LIMIT)
-
-
-def _last_probed(connection: Connection, shape: _Shape, values: dict[str, object]) -> Position | None:
-    """Return the last run that was looked into, if there are more."""
-    last = _page(_conditions(shape)).offset(_PROBED)
-    row = connection.execute(last, values | {"limit": 1, "probed": MOST_PROBED - 1}).one_or_none()
-    return None if row is None else (row.created_at, row.id)
+    edge = select(newest.c.created_at, newest.c.id, literal_column("true").label("edge")).order_by(*newest_first)
+    return (
+        select(newest).where(has_it).order_by(*newest_first).limit(_LIMIT),
+        edge.offset(bindparam("before_edge", type_=Integer)).limit(1),
+    )
 
 
 def _position(run: RunView) -> Position:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     bindparam,
+    case,
     exists,
     func,
     insert,
@@ -137,7 +138,9 @@ class AnalysisLedger:
     def __init__(self, database: Database) -> None:
         self._database = database
         number, expired = func.max(attempts.c.number), func.bool_or(attempts.c.lease_until <= clock)
-        turn = func.pg_advisory_xact_lock(lock_key(database.schema, "discovery"))
+        lock = func.pg_advisory_xact_lock(lock_key(database.schema, "discovery"))
+        # Where a call is under way nobody waits: the run's row would be locked meanwhile.
+        turn = case((number.is_(None) | expired, lock))
         self._turn = select(turn, number, expired).where(*_OPEN)
 
     def begin_attempt(

@@ -6,6 +6,7 @@ would be a way to exhaust us.
 """
 
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -16,7 +17,13 @@ from sqlalchemy import Connection, Row, bindparam, exists, func, insert, or_, se
 
 from orchestrator.db import Database
 from orchestrator.domain import Role
-from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, KeyNotFoundError, UnauthenticatedError
+from orchestrator.errors import (
+    IllegalTransitionError,
+    InvalidArgumentsError,
+    KeyNotFoundError,
+    TransientError,
+    UnauthenticatedError,
+)
 from orchestrator.ledger.transitions import clock, now
 from orchestrator.schema import api_keys, audit_events
 
@@ -157,10 +164,11 @@ class KeyLedger:
         return Principal(key_id, known.name, Role(known.role))
 
     def _note_use(self, key_id: str) -> None:
-        with self._database.transaction() as connection:
-            # Not worth waiting for the disk, nor worth a write for each request.
+        # Not worth waiting for the disk or for anybody, nor worth refusing a key, nor worth a write for each request.
+        free = select(api_keys.c.id).where(api_keys.c.id == key_id, _STALE).with_for_update(skip_locked=True)
+        with suppress(TransientError), self._database.transaction() as connection:
             connection.execute(select(func.set_config("synchronous_commit", "off", True)))  # noqa: FBT003 -- SQL's
-            connection.execute(update(api_keys).where(api_keys.c.id == key_id, _STALE).values(used_at=clock))
+            connection.execute(update(api_keys).where(api_keys.c.id.in_(free)).values(used_at=clock))
 
 
 def _view(row: Row[Any]) -> KeyView:

@@ -169,7 +169,8 @@ def insert_runs(
 
     Args:
         connection: of the transaction.
-        rows: of each run what :func:`identity_of` has, and ``next_attempt_at``, before which it does not begin.
+        rows: of each run what :func:`identity_of` has; of one that is not over also ``next_attempt_at``, before which it
+            does not begin.
         state: of all of them.
         code: why they are over, if they are.
         message: the same for people.

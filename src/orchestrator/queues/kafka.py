@@ -430,6 +430,8 @@ class _Session:
 
     def _complain(self, error: KafkaError) -> None:
         self._hopeless = self._hopeless or error.code() in _HOPELESS or error.fatal()
+        if self._complaint is not None and self._complaint.fatal():
+            return  # whatever follows, follows from that
         if error.code() != KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001 -- it says of how many, not why
             self._complaint = error
 
