@@ -177,7 +177,7 @@ class RunLedger:
         """Commit a run that ended before it began: wrong arguments, or expired on the way.
 
         Args:
-            values: ``id``, ``kind``, ``trigger``, ``traceparent`` and whatever else is known of it.
+            values: ``id``, ``kind``, ``trigger``, ``traceparent``, and of the rest of a run's identity what is known.
             state: failed or canceled.
             code: stable error code.
             message: one sentence for people.

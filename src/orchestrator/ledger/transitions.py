@@ -169,7 +169,7 @@ def insert_runs(
 
     Args:
         connection: of the transaction.
-        rows: of each run what :func:`identity_of` has; of one that is not over also ``next_attempt_at``, before which it
+        rows: of each run what :func:`identity_of` has, and of no run that is over ``next_attempt_at``, before which it
             does not begin.
         state: of all of them.
         code: why they are over, if they are.
