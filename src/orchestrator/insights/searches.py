@@ -34,7 +34,7 @@ from orchestrator.schema import dispatches, runs
 
 MANY_RUNS: Final = 1_000
 """A data source with so many runs is a common one; of others all runs are looked at to find the newest ones."""
-MOST_PROBED: Final = 2_000
+MOST_PROBED: Final = 1_000
 """Runs that are looked into for a common data source, for one page."""
 _SHAPES: Final = 500
 _KNOWN_FOR: Final = 60.0  # seconds
