@@ -29,7 +29,7 @@ from tests.support.stack import Stack
 
 SOURCES: Final = 4_000
 BEATS: Final = "usename = 'beats'"
-RECORDING: Final = "usename = 'operators' AND query LIKE 'INSERT INTO %run_events%'"
+RECORDING: Final = "usename = 'operators' AND query LIKE 'WITH created AS%INSERT INTO %runs%'"
 
 
 @pytest.fixture(scope="module")
