@@ -134,7 +134,7 @@ class RunSearches:
         source = values["data_source_id"]
         good_until, common = self._known.get(source, (0.0, False))
         if monotonic() > good_until:
-            common = connection.scalar(_IS_COMMON, {**values, "many": MANY_RUNS - 1}) is True
+            common = connection.scalar(_IS_COMMON, values) is True
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[source] = monotonic() + _KNOWN_FOR, common
@@ -166,7 +166,7 @@ def _shape(wanted: RunFilter, after: Position | None) -> _Shape:
 
 def _values(wanted: RunFilter, after: Position | None) -> dict[str, object]:
     values = {name: getattr(wanted, name) for name in RunFilter.__dataclass_fields__}
-    values |= {"probed": MOST_PROBED, "before_edge": MOST_PROBED - 1}
+    values |= {"many": MANY_RUNS - 1, "probed": MOST_PROBED, "before_edge": MOST_PROBED - 1}
     return values if after is None else values | {"after_at": after[0], "after_id": after[1]}
 
 
@@ -198,8 +198,7 @@ _source: Final[ColumnElement[int]] = dispatches.c.data_source_id + literal_colum
 def _newest(shape: _Shape) -> Select[Any]:
     """Select the newest runs that fit, and for each row whether it only tells where the search had to end."""
     if "data_source_id" not in shape:
-        columns = [*RUN_COLUMNS, literal_column("false").label("edge")]
-        return select(*columns).where(*_conditions(shape)).order_by(*_NEWEST_FIRST).limit(_LIMIT)
+        return _page(_conditions(shape), columns=RUN_COLUMNS)
     newest = _newest_of_source(shape).subquery()
     found = select(*RUN_COLUMNS, newest.c.edge).join_from(newest, runs, runs.c.id == newest.c.id)
     return found.order_by(*_NEWEST_FIRST)
@@ -240,9 +239,11 @@ def _newest_of_source(shape: _Shape) -> Select[Any]:
     return select(either).order_by(either.c.created_at.desc(), either.c.id.desc()).limit(_LIMIT)
 
 
-def _page(conditions: _Conditions, limit: BindParameter[int] = _LIMIT) -> Select[Any]:
-    columns = [*_KEYS, literal_column("false").label("edge")]
-    return select(*columns).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit)
+def _page(
+    conditions: _Conditions, *, columns: Sequence[ColumnElement[Any]] = _KEYS, limit: BindParameter[int] = _LIMIT
+) -> Select[Any]:
+    found = select(*columns, literal_column("false").label("edge")).where(*conditions)
+    return found.order_by(*_NEWEST_FIRST).limit(limit)
 
 
 def _conditions(shape: _Shape) -> _Conditions:
@@ -284,7 +285,7 @@ def _probed(shape: _Shape) -> tuple[Select[Any], Select[Any]]:
     And the last of them all, where there may be more. By one statement: what changes between two would let runs fall
     through.
     """
-    newest = _page(_conditions(shape), bindparam("probed", type_=Integer)).cte("newest")
+    newest = _page(_conditions(shape), limit=bindparam("probed", type_=Integer)).cte("newest")
     newest_first = (newest.c.created_at.desc(), newest.c.id.desc())
     of_run = (dispatches.c.run_id == newest.c.id) & (dispatches.c.data_source_id == _SOURCE)
     has_it = select(true()).where(of_run).limit(1).scalar_subquery()
