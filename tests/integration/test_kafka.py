@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
@@ -27,6 +26,7 @@ from tests.support.publishing import (
     KafkaPlace,
     batch_of,
     ids_of,
+    publish_around_a_fork,
     publishing_on,
 )
 
@@ -198,16 +198,5 @@ def test_without_its_client_kafka_is_one_clear_sentence(tmp_path: Path) -> None:
 
 
 def test_a_forked_child_makes_its_own_and_leaves_its_parents_alone(place: KafkaPlace) -> None:
-    publisher = place.publisher()
-    assert place.publish(publisher, batch_of(10)).error is None
-    child = os.fork()
-    if child == 0:
-        status = 1
-        with suppress(BaseException):
-            status = 0 if place.publish(publisher, batch_of(10)).error is None else 2
-            publisher.close()
-        os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
-    assert place.publish(publisher, batch_of(10)).error is None
-    publisher.close()
+    publish_around_a_fork(place)
     assert len(place.read()) == 30

@@ -48,6 +48,7 @@ from tests.support.publishing import (
     Received,
     batch_of,
     ids_of,
+    publish_around_a_fork,
     publishing_on,
 )
 from tests.support.rabbitmq import RabbitMQServer
@@ -438,18 +439,7 @@ class TestConnection:
     def test_a_forked_child_opens_its_own_and_leaves_its_parents_alone(
         self, rabbit: Rabbit, opened: Callable[[int], int]
     ) -> None:
-        publisher = rabbit.publisher()
-        assert rabbit.publish(publisher, batch_of(10)).error is None
-        child = os.fork()
-        if child == 0:
-            status = 1
-            with suppress(BaseException):
-                status = 0 if rabbit.publish(publisher, batch_of(10)).error is None else 2
-                publisher.close()
-            os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
-        assert rabbit.publish(publisher, batch_of(10)).error is None
-        publisher.close()
+        publish_around_a_fork(rabbit)
         assert rabbit.count() == 30
         assert opened(2) == 2
 

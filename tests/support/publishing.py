@@ -1,9 +1,10 @@
 """Publishers at work on places that are looked at from outside: batches, what arrives of them, and a flow of them."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
@@ -122,6 +123,22 @@ class Flow:
         arrived = {message.id for message in self._place.read()}
         assert self.confirmed
         assert self.confirmed <= arrived
+
+
+def publish_around_a_fork(place: Place) -> None:
+    """Publish ten messages, ten in a forked child of what was made before, and ten once the child has ended."""
+    publisher = place.publisher()
+    assert place.publish(publisher, batch_of(10)).error is None
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with suppress(BaseException):
+            status = 0 if place.publish(publisher, batch_of(10)).error is None else 2
+            publisher.close()
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert place.publish(publisher, batch_of(10)).error is None
+    publisher.close()
 
 
 @contextmanager
