@@ -11,7 +11,7 @@ from time import monotonic, sleep
 from typing import Final
 
 from orchestrator.discovery import Answer, DiscoveryClient, RetryPolicy
-from orchestrator.domain import Attempt, AttemptOutcome, NoAttempt, WakeUp
+from orchestrator.domain import Attempt, AttemptOutcome, NewRun, NoAttempt, WakeUp
 from orchestrator.errors import TransientError
 from orchestrator.ledger.analyses import LEASE_MARGIN, AnalysisLedger
 from orchestrator.measures import DISCOVERY_ATTEMPTS, DISCOVERY_DURATION
@@ -62,8 +62,13 @@ class SiteAnalyser:
         self._stopping = stopping
         self._clock = clock
 
-    def deliver(self, wake_up: WakeUp, *, node: str, caps: Caps) -> WakeUp | None:
+    def deliver(self, delivered: NewRun | WakeUp, *, node: str, caps: Caps) -> WakeUp | None:
         """Make the call that a run is due for, then those of runs that waited for a free call, for one slice.
+
+        Args:
+            delivered: a run to be accepted first, or one that has been.
+            node: this worker's name.
+            caps: how many calls may be under way.
 
         Returns:
             a run that is still waiting and should get the free call next, by a wake-up; none when no run is.
@@ -72,25 +77,31 @@ class SiteAnalyser:
             DatabaseUnavailableError: the ledger is out of reach; deliver again later.
         """
         deadline = self._clock() + self._slice_seconds
-        turn: WakeUp | None = wake_up
-        while turn is not None and self._clock() < deadline and (turn is wake_up or not self._stopping()):
+        turn = delivered
+        while True:
             with bound(run_id=str(turn.run_id), **asdict(turn.arguments)):
-                attempt = self._ledger.begin_attempt(
-                    turn.run_id,
-                    node=node,
-                    lease=self._lease,
-                    max_retries=self._policy.max_retries,
-                    cap=caps.everywhere,
-                    node_cap=caps.here,
-                )
-                if attempt is NoAttempt.NO_SLOT:
-                    return None
-                if isinstance(attempt, Attempt):
-                    self._call(attempt)
-            turn = self._ledger.next_waiting()
-        return turn
+                someone_waits = self._take_turn(turn, node, caps)
+            waiting = self._ledger.next_waiting() if someone_waits else None
+            if waiting is None or self._clock() > deadline or self._stopping():
+                return waiting
+            turn = waiting
 
-    def _call(self, attempt: Attempt) -> None:
+    def _take_turn(self, turn: NewRun | WakeUp, node: str, caps: Caps) -> bool:
+        """Make a run's call if it is due; return whether another run may wait for a call that is free now."""
+        attempt = self._ledger.begin_attempt(
+            turn.run_id,
+            node=node,
+            lease=self._lease,
+            max_retries=self._policy.max_retries,
+            cap=caps.everywhere,
+            node_cap=caps.here,
+            new=turn if isinstance(turn, NewRun) else None,
+        )
+        if isinstance(attempt, Attempt):
+            return self._call(attempt)
+        return attempt is not NoAttempt.NO_SLOT
+
+    def _call(self, attempt: Attempt) -> bool:
         _log.info(Event.ATTEMPT_STARTED, number=attempt.number, data_source_id=attempt.data_source_id)
         answer = self._client.call(
             run_id=attempt.run_id,
@@ -102,7 +113,7 @@ class SiteAnalyser:
         if answer.outcome is AttemptOutcome.RETRYABLE and self._policy.may_retry(attempt.retries_done):
             retry_in = self._policy.delay(attempt.retries_done + 1, answer.retry_after, random())  # noqa: S311 -- jitter, no secret
         DISCOVERY_DURATION.observe(answer.seconds)
-        self._finish(attempt, answer, retry_in)
+        someone_waits = self._finish(attempt, answer, retry_in)
         DISCOVERY_ATTEMPTS.add(answer.outcome)
         _log.info(
             Event.ATTEMPT_FINISHED,
@@ -113,8 +124,9 @@ class SiteAnalyser:
             error=None if answer.outcome is AttemptOutcome.SUCCEEDED else answer.message,
             retry_in=retry_in,
         )
+        return someone_waits
 
-    def _finish(self, attempt: Attempt, answer: Answer, retry_in: float | None) -> None:
+    def _finish(self, attempt: Attempt, answer: Answer, retry_in: float | None) -> bool:
         """Record the answer, and while the database is away try again: a call that was made must not count as lost.
 
         Raises:

@@ -112,11 +112,11 @@ class Database:
             act()
 
     @contextmanager
-    def reading(self, within: Connection | None = None) -> Iterator[Connection]:
-        """Lend a connection for reading: each statement is one exchange with the server, and a transaction by itself.
+    def autocommit(self, within: Connection | None = None) -> Iterator[Connection]:
+        """Lend a connection on which each statement is a transaction by itself, and one exchange with the server.
 
         Args:
-            within: a transaction of the caller's to read in instead.
+            within: a transaction of the caller's to take part in instead.
 
         Raises:
             see :meth:`transaction`.
@@ -125,7 +125,7 @@ class Database:
             with translated_errors():
                 yield within
             return
-        with translated_errors(), _connected(self._reader) as connection:
+        with translated_errors(), _connected(self._autocommit) as connection:
             yield connection
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Database:
     def _open(self) -> None:
         self._engine = self._create_engine()
         # The same pool.
-        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def _create_engine(self) -> Engine:
         engine = create_engine(

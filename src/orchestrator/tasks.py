@@ -56,10 +56,12 @@ def trigger_site_analysis(self: Task[Any, Any], /, *args: object, **kwargs: obje
 
 
 def _crawl(request: Context, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    new = _accept(request, RunKind.CRAWL, CrawlArguments, args, kwargs)
+    new = _read(request, RunKind.CRAWL, CrawlArguments, args, kwargs)
     if new is None:
         return
     number, fan_out = _number(request), services().fan_out
+    if number is None:
+        services().ledger.runs.accept(new, delivered=True)
     with bound(**asdict(new.arguments)):
         if number is not None and request.get(HELPS):
             continuation = fan_out.help(new.run_id, number)
@@ -70,12 +72,14 @@ def _crawl(request: Context, args: tuple[object, ...], kwargs: Mapping[str, obje
 
 
 def _analyse(request: Context, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    new = _accept(request, RunKind.SITE_ANALYSIS, AnalysisArguments, args, kwargs)
+    new = _read(request, RunKind.SITE_ANALYSIS, AnalysisArguments, args, kwargs)
     if new is None:
         return
     ours = services()
     node = this_node()
-    waiting = ours.analyser.deliver(new.wake_up, node=node.name, caps=ours.caps(node))
+    # A caller's own run is accepted with its first call, in one transaction.
+    delivered = new if _number(request) is None else new.wake_up
+    waiting = ours.analyser.deliver(delivered, node=node.name, caps=ours.caps(node))
     if waiting is not None:
         _wake(waiting)
 
@@ -86,14 +90,14 @@ def _number(request: Context) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def _accept(
+def _read(
     request: Context,
     kind: RunKind,
     parse: Callable[..., Arguments],
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
 ) -> NewRun | None:
-    """Commit the run that a message asks for; return none when it ended before it began."""
+    """Return the run that a message asks for, in the ledger if it is a wake-up; none when it ended before it began."""
     run_id, celery_id = run_id_of(str(request.id))
     if _number(request) is not None and not services().ledger.runs.exists(run_id):
         # Whoever sends a wake-up has committed its run: to accept it here would do the work twice, out of two catalogs.
@@ -116,7 +120,6 @@ def _accept(
     if expires is not None and expires <= max(datetime.now(UTC), not_before or datetime.now(UTC)):
         ledger.runs.expire(new)
         return None
-    ledger.runs.accept(new, delivered=True)
     return new
 
 

@@ -49,11 +49,11 @@ class AwayTwice(AnalysisLedger):
 
     away = 2
 
-    def finish_attempt(self, attempt: Attempt, answer: Answer, retry_in: float | None) -> None:
+    def finish_attempt(self, attempt: Attempt, answer: Answer, retry_in: float | None) -> bool:
         if self.away:
             self.away -= 1
             raise DatabaseUnavailableError("restarting")
-        super().finish_attempt(attempt, answer, retry_in)
+        return super().finish_attempt(attempt, answer, retry_in)
 
 
 def test_an_answer_is_kept_while_the_database_is_away(bench: Workbench) -> None:

@@ -135,7 +135,7 @@ def test_so_is_a_lock(database: Database, database_url: str) -> None:
 
 
 def backend(database: Database) -> object:
-    with database.reading() as connection:
+    with database.autocommit() as connection:
         return connection.scalar(text("SELECT pg_backend_pid()"))
 
 
@@ -153,7 +153,7 @@ def fail() -> None:
 def test_a_transaction_on_a_connection_that_was_lent_for_reading_is_one(
     database: Database, statement: str | None
 ) -> None:
-    with suppress(DataError, ZeroDivisionError), database.reading() as connection:
+    with suppress(DataError, ZeroDivisionError), database.autocommit() as connection:
         lent = connection.scalar(text("SELECT pg_backend_pid()"))
         connection.execute(text(statement)) if statement else fail()
 
@@ -167,7 +167,7 @@ def test_a_transaction_on_a_connection_that_was_lent_for_reading_is_one(
 
 
 def test_reading_keeps_no_transaction_open(database: Database, database_url: str) -> None:
-    with database.reading() as connection:
+    with database.autocommit() as connection:
         lent = connection.scalar(text("SELECT pg_backend_pid()"))
         with psycopg.connect(database_url) as other:
             row = other.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", [lent]).fetchone()

@@ -4,9 +4,10 @@
     python -m tests.support.crashes cancel RUN_ID  # any command of ours
 
 Each transaction of the ledger has three points, named after the method that opens it (``CrawlLedger.begin: before``,
-``: before commit``, ``: after commit``), each call of publisher, sender and Discovery client two. A new transaction has
-its points without a word here. :class:`CrashPoints` is the test's end: it names a point, and whichever process comes by
-it next kills itself, -9. It also makes trouble, once each time, for what is there for trouble only.
+``: before commit``, ``: after commit``); a statement that is one by itself has two (``: before``, ``: after``), and so
+has each call of publisher, sender and Discovery client. A new transaction has its points without a word here.
+:class:`CrashPoints` is the test's end: it names a point, and whichever process comes by it next kills itself, -9. It
+also makes trouble, once each time, for what is there for trouble only.
 """
 
 import os
@@ -120,6 +121,16 @@ class _Database(Database):
         if within is not None:
             return super().transaction(within)
         return self._crashing(sys._getframe(1).f_code.co_qualname)  # noqa: SLF001 -- the only way to name the caller
+
+    def autocommit(self, within: Connection | None = None) -> _GeneratorContextManager[Connection]:
+        if within is not None:
+            return super().autocommit(within)
+        return self._single(sys._getframe(1).f_code.co_qualname)  # noqa: SLF001 -- the same
+
+    @contextmanager
+    def _single(self, caller: str) -> Iterator[Connection]:
+        with _around(caller), super().autocommit() as connection:
+            yield connection
 
     @contextmanager
     def _crashing(self, caller: str) -> Iterator[Connection]:

@@ -331,6 +331,16 @@ class StagedDatabase(Database):
             raise
         process.committed()
 
+    @contextmanager
+    def autocommit(self, within: Connection | None = None) -> Iterator[Connection]:
+        """See :class:`Database`; stops before it begins, and ends as the test says, for it is one statement."""
+        process = self._troupe.running
+        process.reach("transaction")
+        process.about_to_commit()
+        with super().autocommit(within) as connection:
+            yield connection
+        process.committed()
+
 
 @dataclass(frozen=True)
 class Arrival:

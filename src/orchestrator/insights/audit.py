@@ -84,7 +84,7 @@ class AuditInsights:
             statement = statement.where(_at < wanted.until, audit_events.c.id < _first_after(wanted.until))
         if after is not None:
             statement = statement.where(audit_events.c.id < after)
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             return [AuditView(*row) for row in connection.execute(statement)]
 
 

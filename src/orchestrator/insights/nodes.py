@@ -75,13 +75,13 @@ class NodeInsights:
 
     def now(self, within: Connection | None = None) -> datetime:
         """Return what time it is in the ledger."""
-        with self._database.reading(within) as connection:
+        with self._database.autocommit(within) as connection:
             moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
         return moment
 
     def nodes(self) -> list[NodeView]:
         """Return workers and beats by their last sign of life."""
         age = func.extract("epoch", func.clock_timestamp() - nodes.c.seen_at)
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             rows = connection.execute(select(nodes, (age <= ALIVE_WITHIN).label("alive")).order_by(nodes.c.name))
             return [NodeView(**row._mapping) for row in rows]  # noqa: SLF001 -- SQLAlchemy's documented name

@@ -159,7 +159,7 @@ class RunInsights:
         Raises:
             RunNotFoundError: there is no such run.
         """
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             row = connection.execute(select(*RUN_COLUMNS).where(runs.c.id == run_id)).one_or_none()
         if row is None:
             raise RunNotFoundError(f"there is no run {run_id}")
@@ -167,20 +167,20 @@ class RunInsights:
 
     def unfinished(self, run_ids: Sequence[UUID]) -> int:
         """Return how many of the runs are not over."""
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             over = runs.c.finished_at.is_not(None)
             return connection.scalar(select(func.count()).where(runs.c.id.in_(run_ids), ~over)) or 0
 
     def matching(self, prefix: str, limit: int = 2) -> list[UUID]:
         """Return ids of runs that begin with some hex digits, so that people may shorten them."""
         first, last = UUID(prefix.ljust(32, "0")), UUID(prefix.ljust(32, "f"))
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             return list(connection.scalars(select(runs.c.id).where(runs.c.id.between(first, last)).limit(limit)))
 
     def queued(self, limit: int) -> int:
         """Return how many runs wait for a worker, counted up to a limit."""
         waiting = select(literal(1)).where(runs.c.state == RunState.QUEUED).limit(limit).subquery()
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             return connection.scalar(select(func.count()).select_from(waiting)) or 0
 
     def unfinished_at(self, task_id: int, moment: datetime) -> RunView | None:
@@ -192,7 +192,7 @@ class RunInsights:
             .order_by(runs.c.created_at.desc())
             .limit(1)
         )
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             row = connection.execute(statement).one_or_none()
         return None if row is None else RunView.of(row)
 
@@ -203,13 +203,13 @@ class RunInsights:
         statement = select(*_ATTEMPT_COLUMNS).where(attempts.c.run_id == run_id).order_by(attempts.c.number)
         if after is not None:
             statement = statement.where(attempts.c.number > after)
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             return [_attempt_view(row) for row in connection.execute(statement.limit(limit))]
 
     def last_attempt(self, run_id: UUID) -> AttemptView | None:
         """Return the last call that a run made to the Discovery Service."""
         statement = select(*_ATTEMPT_COLUMNS).where(attempts.c.run_id == run_id).order_by(attempts.c.number.desc())
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             row = connection.execute(statement.limit(1)).one_or_none()
         return None if row is None else _attempt_view(row)
 
@@ -218,7 +218,7 @@ class RunInsights:
         statement = select(*_EVENT_COLUMNS).where(run_events.c.run_id == run_id).order_by(run_events.c.id)
         if after is not None:
             statement = statement.where(run_events.c.id > after)
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             rows = connection.execute(statement.limit(limit))
             return [EventView(**{**row._mapping, "state": RunState(row.state)}) for row in rows]  # noqa: SLF001 -- SQLAlchemy's documented name
 
@@ -238,7 +238,7 @@ class RunInsights:
             statement = statement.where(dispatches.c.data_source_id > after)
         if state is not None:
             statement = statement.where(*_in_state(run_id, state))
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             rows = connection.execute(statement.order_by(dispatches.c.data_source_id).limit(limit))
             return [_dispatch_view(row) for row in rows]
 
@@ -250,7 +250,7 @@ class RunInsights:
             .limit(MOST_SKIPS)
             .subquery()
         )
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             rows = connection.execute(select(some.c.reason, func.count()).group_by(some.c.reason))
             return {SkipReason(row.reason): row[1] for row in rows}
 

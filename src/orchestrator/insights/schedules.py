@@ -233,7 +233,7 @@ class ScheduleInsights:
             within: a transaction of the caller's to take part in.
         """
         views: list[ScheduleView] = []
-        with self._database.reading(within) as connection:
+        with self._database.autocommit(within) as connection:
             for part in _after(_PARTS[state], after):
                 if len(views) < limit:
                     page = part if task_id is None else part.where(schedules.c.task_id == task_id)
@@ -254,7 +254,7 @@ class ScheduleInsights:
 
     def invalid(self) -> int:
         """Return how many schedules cannot be read."""
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             return connection.scalar(select(func.count()).where(schedules.c.problem.is_not(None))) or 0
 
     def page_firings(
@@ -281,7 +281,7 @@ class ScheduleInsights:
         if after is not None:
             last = (literal(value, key.type) for key, value in zip(_SLOT, after, strict=True))
             statement = statement.where(tuple_(*_SLOT) < tuple_(*last))
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             return [_firing_view(row) for row in connection.execute(statement)]
 
     def became_of(
@@ -300,7 +300,7 @@ class ScheduleInsights:
             .limit(1)
             .lateral("record")
         )
-        with self._database.reading(within) as connection:
+        with self._database.autocommit(within) as connection:
             rows = connection.execute(select(wanted.c.slot, record).join_from(wanted, record, true()))
             found = {row.slot: _firing_view(row) for row in rows}
         return {slot: record for slot, record in found.items() if record.covers(slot)}
@@ -309,7 +309,7 @@ class ScheduleInsights:
         """Return the last reading of a schedule that began before a moment, and the first that began after it."""
         of_task = select(*_READINGS.c).where(_READINGS.c.task_id == task_id).limit(1)
         since = _READINGS.c.since
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             before = connection.execute(of_task.where(since < moment).order_by(since.desc())).one_or_none()
             after = connection.execute(of_task.where(since >= moment).order_by(since)).one_or_none()
         return _reading_view(before), _reading_view(after)
@@ -322,7 +322,7 @@ class ScheduleInsights:
             .order_by(audit_events.c.id.desc())
             .limit(1)
         )
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             row = connection.execute(statement).one_or_none()
         return None if row is None else PauseView(*row)
 

@@ -113,7 +113,7 @@ class RunSearches:
             most: count how many there are up to so many; 0: do not.
         """
         shape, values = _shape(wanted, after), _values(wanted, after)
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             common = _in_plans(shape) and self._is_common(connection, values)
             if common:
                 shape |= {_COMMON}

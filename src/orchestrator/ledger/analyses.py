@@ -6,6 +6,7 @@ from uuid import UUID
 from sqlalchemy import (
     Connection,
     Double,
+    Executable,
     Integer,
     Row,
     Select,
@@ -22,9 +23,21 @@ from sqlalchemy import (
 
 from orchestrator.db import Database
 from orchestrator.discovery import Answer
-from orchestrator.domain import UNFINISHED, Attempt, AttemptOutcome, NoAttempt, RunKind, RunState, WakeUp
+from orchestrator.domain import (
+    UNFINISHED,
+    AnalysisArguments,
+    Attempt,
+    AttemptOutcome,
+    NewRun,
+    NoAttempt,
+    RunKind,
+    RunState,
+    WakeUp,
+)
 from orchestrator.ledger.transitions import (
     EXPLAINED,
+    TOLD,
+    accept,
     among,
     announce,
     backoff,
@@ -33,10 +46,12 @@ from orchestrator.ledger.transitions import (
     ending,
     from_now,
     going_on,
+    inserting,
     lock_key,
     measure_start,
     moving,
     now,
+    only,
     starting,
     transition,
     wake_up_of,
@@ -98,34 +113,45 @@ _recorded = (
 # Of a run whose row is locked: the attempt is recorded if a slot is free, and the run begun if it was recorded. In one
 # statement, for whoever else starts a call waits for it.
 _begun = {"attempts": _ATTEMPT, "awaits_slot": None}
-_START: Final = starting(exists(select(_recorded.c.number)), **_begun)
+_START: Final = only(starting(exists(select(_recorded.c.number)), **_begun), "kind", "trigger", "waited")
 _GO_ON: Final = going_on(exists(select(_recorded.c.number)), **_begun)
 
-# The run's row before its attempt: see the order of locks.
-_locked = select(runs.c.id).where(runs.c.id == bindparam("run")).with_for_update().cte("locked")
-_AGAIN_AT: Final = from_now(bindparam("retry_in", type_=Double))
-_FINISH: Final = (
-    update(attempts)
-    .where(attempts.c.run_id == _locked.c.id, attempts.c.number == _ATTEMPT, attempts.c.finished_at.is_(None))
-    .values(finished_at=clock, next_attempt_at=_AGAIN_AT)
+_waiting = (
+    runs.c.awaits_slot.is_not(None),
+    among(UNFINISHED),
+    func.coalesce(runs.c.next_attempt_at, clock) <= clock,
 )
-_SUCCEED: Final = ending(RunState.SUCCEEDED)
-_FAIL: Final = ending(RunState.FAILED)
-_RETRY: Final = moving(RunState.RETRYING, **EXPLAINED, next_attempt_at=_AGAIN_AT, wake_at=_AGAIN_AT, progress_at=clock)
-
 _oldest = (
     select(runs.c.id)
-    .where(
-        runs.c.awaits_slot.is_not(None),
-        among(UNFINISHED),
-        func.coalesce(runs.c.next_attempt_at, clock) <= clock,
-    )
+    .where(*_waiting)
     .order_by(runs.c.created_at)
     .limit(1)
     .with_for_update(skip_locked=True)
     .scalar_subquery()
 )
 _NEXT_WAITING: Final = update(runs).where(runs.c.id == _oldest).values(awaits_slot=None).returning(runs)
+
+# The run's row before its attempt: see the order of locks.
+_locked = select(runs.c.id).where(runs.c.id == bindparam("run")).with_for_update().cte("locked")
+_AGAIN_AT: Final = from_now(bindparam("retry_in", type_=Double))
+_SAID: Final = ("outcome", "status", "code", "message", "seconds", "retry_after")
+_finished = (
+    update(attempts)
+    .where(attempts.c.run_id == _locked.c.id, attempts.c.number == _ATTEMPT, attempts.c.finished_at.is_(None))
+    .values({name: bindparam(f"said_{name}", type_=attempts.c[name].type) for name in _SAID})
+    .values(finished_at=clock, next_attempt_at=_AGAIN_AT)
+    .returning(attempts.c.number)
+    .cte("finished_attempt")
+)
+_was_open = exists(select(_finished.c.number))
+_someone_waits = exists(select(runs.c.id).where(*_waiting)).label("someone_waits")
+_again = {"next_attempt_at": _AGAIN_AT, "wake_at": _AGAIN_AT, "progress_at": clock}
+_SUCCEED: Final = only(ending(RunState.SUCCEEDED, _was_open), *TOLD).add_columns(_someone_waits)
+_FAIL: Final = only(ending(RunState.FAILED, _was_open), *TOLD).add_columns(_someone_waits)
+_RETRY: Final = only(moving(RunState.RETRYING, _was_open, **EXPLAINED, **_again), *TOLD).add_columns(_someone_waits)
+
+_Due = tuple[Attempt, Executable]
+"""A call that may be made if a slot is free, and the statement that begins it."""
 
 
 class AnalysisLedger:
@@ -137,14 +163,23 @@ class AnalysisLedger:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        number, expired = func.max(attempts.c.number), func.bool_or(attempts.c.lease_until <= clock)
         lock = func.pg_advisory_xact_lock(lock_key(database.schema, "discovery"))
+        number, expired = func.max(attempts.c.number), func.bool_or(attempts.c.lease_until <= clock)
         # Where a call is under way nobody waits: the run's row would be locked meanwhile.
         turn = case((number.is_(None) | expired, lock))
         self._turn = select(turn, number, expired).where(*_OPEN)
+        self._accept_in_turn = inserting(lock)
 
     def begin_attempt(
-        self, run_id: UUID, *, node: str, lease: float, max_retries: int, cap: int, node_cap: int
+        self,
+        run_id: UUID,
+        *,
+        node: str,
+        lease: float,
+        max_retries: int,
+        cap: int,
+        node_cap: int,
+        new: NewRun | None = None,
     ) -> Attempt | NoAttempt:
         """Record one call to the Discovery Service before it is made; say why when none may be made now.
 
@@ -158,63 +193,77 @@ class AnalysisLedger:
             max_retries: attempts beyond the first, since the last revival.
             cap: most calls under way at once, all workers together.
             node_cap: most calls under way at once by this node.
+            new: the run, if it is to be accepted first: a worker holds a message about it.
         """
         with self._database.transaction() as connection:
-            run = connection.execute(_DUE, {"run": run_id}).one_or_none()
-            if run is None or not self._take_turn(connection, run_id):
+            due = self._accept(connection, new) if new is not None else None
+            due = due or self._find_due(connection, run_id, max_retries)
+            if due is None:
                 return NoAttempt.NOT_DUE
-            done = run.attempts - run.attempts_forgiven
-            if done > max_retries:
-                _exhaust(connection, run)
-                return NoAttempt.NOT_DUE
+            attempt, start = due
             facts = {
                 "run": run_id,
-                "attempt": run.attempts + 1,
+                "attempt": attempt.number,
                 "worker": node,
                 "wake_in": lease,
                 "cap": cap,
                 "node_cap": node_cap,
             }
-            begun = connection.execute(_GO_ON if run.state == RunState.RUNNING else _START, facts).one_or_none()
+            begun = connection.execute(start, facts).one_or_none()
             if begun is None:
                 _set_aside(connection, run_id)
                 return NoAttempt.NO_SLOT
             measure_start(begun)
-            return Attempt(run_id, begun.attempts, done, run.data_source_id, run.theme_name, run.traceparent)
+            return attempt
 
-    def finish_attempt(self, attempt: Attempt, answer: Answer, retry_in: float | None) -> None:
+    def finish_attempt(self, attempt: Attempt, answer: Answer, retry_in: float | None) -> bool:
         """Record how a call ended, and what follows for its run.
 
         Args:
             attempt: from :meth:`begin_attempt`.
             answer: what the Discovery Service said.
             retry_in: seconds until the next attempt; none when there will be none.
+
+        Returns:
+            whether a run may wait for a free call.
         """
-        run: Row[Any] | None = None
-        with self._database.transaction() as connection:
-            facts = {"run": attempt.run_id, "retry_in": retry_in}
-            said = {
-                "outcome": answer.outcome,
-                "status": answer.status,
-                "code": answer.code,
-                "message": answer.message,
-                "seconds": answer.seconds,
-                "retry_after": answer.retry_after,
-            }
-            if not connection.execute(_FINISH, facts | said | {"attempt": attempt.number}).rowcount:
-                return
-            if answer.outcome is AttemptOutcome.SUCCEEDED:
-                run = connection.execute(_SUCCEED, facts).one_or_none()
-            else:
-                reason = {"why": answer.code, "sentence": answer.message}
-                run = connection.execute(_FAIL if retry_in is None else _RETRY, facts | reason).one_or_none()
+        facts = {"run": attempt.run_id, "attempt": attempt.number, "retry_in": retry_in}
+        facts |= {f"said_{name}": getattr(answer, name) for name in _SAID}
+        statement = _SUCCEED
+        if answer.outcome is not AttemptOutcome.SUCCEEDED:
+            statement = _FAIL if retry_in is None else _RETRY
+            facts |= {"why": answer.code, "sentence": answer.message}
+        with self._database.autocommit() as connection:
+            run = connection.execute(statement, facts).one_or_none()
         announce(run)
+        return run is None or bool(run.someone_waits)
 
     def next_waiting(self) -> WakeUp | None:
         """Take the oldest run that was set aside for want of a free call, if there is one."""
         with self._database.transaction() as connection:
             run = connection.execute(_NEXT_WAITING).one_or_none()
             return None if run is None else wake_up_of(run)
+
+    def _accept(self, connection: Connection, new: NewRun) -> _Due | None:
+        """Accept a run, and take the turn of its first call; return none if it is not new, or waits for its time."""
+        assert isinstance(new.arguments, AnalysisArguments)  # noqa: S101 -- for the type checker
+        [is_new] = accept(connection, [new], delivered=True, by=self._accept_in_turn)
+        if not is_new or new.not_before is not None:
+            return None
+        source, theme = new.arguments.data_source_id, new.arguments.theme_name
+        return Attempt(new.run_id, 1, 0, source, theme, new.traceparent), _START
+
+    def _find_due(self, connection: Connection, run_id: UUID, max_retries: int) -> _Due | None:
+        """Lock a run and take the turn of its next call; return none if it may make none now, or never again."""
+        run = connection.execute(_DUE, {"run": run_id}).one_or_none()
+        if run is None or not self._take_turn(connection, run_id):
+            return None
+        done = run.attempts - run.attempts_forgiven
+        if done > max_retries:
+            _exhaust(connection, run)
+            return None
+        attempt = Attempt(run_id, run.attempts + 1, done, run.data_source_id, run.theme_name, run.traceparent)
+        return attempt, _GO_ON if run.state == RunState.RUNNING else _START
 
     def _take_turn(self, connection: Connection, run_id: UUID) -> bool:
         """Wait until nobody else starts a call, and keep the others waiting until the commit.

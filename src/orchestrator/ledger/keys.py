@@ -136,12 +136,12 @@ class KeyLedger:
     def all(self) -> list[KeyView]:
         """Return all keys, newest first."""
         statement = select(*_SHOWN).order_by(api_keys.c.created_at.desc(), api_keys.c.id)
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             return list(map(_view, connection.execute(statement)))
 
     def any(self) -> bool:
         """Return whether anybody has a valid key."""
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             return bool(connection.scalar(select(exists().where(_VALID))))
 
     def authenticate(self, text: str) -> Principal:
@@ -154,7 +154,7 @@ class KeyLedger:
         key_id = rest.partition("_")[0]
         if not text.startswith(f"{PREFIX}_") or len(text) > _LONGEST or not key_id.isascii() or "\x00" in text:
             raise UnauthenticatedError("the API key is not valid")
-        with self._database.reading() as connection:
+        with self._database.autocommit() as connection:
             known = connection.execute(_KNOWN, {"key_id": key_id}).one_or_none()
         # Whether the id is known or not, a digest is compared.
         if not compare_digest(_digest(text), known.digest if known else bytes(32)) or known is None:

@@ -31,7 +31,6 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from orchestrator.db import Database, after_commit
 from orchestrator.domain import (
     UNFINISHED,
-    Arguments,
     DispatchState,
     NewRun,
     OnConflict,
@@ -47,6 +46,7 @@ from orchestrator.errors import IllegalTransitionError, InvalidArgumentsError, O
 from orchestrator.ledger.transitions import (
     ENQUEUE_GRACE,
     SILENCE,
+    accept,
     announce,
     arguments_of,
     backoff,
@@ -57,7 +57,7 @@ from orchestrator.ledger.transitions import (
     from_now,
     identity_of,
     illegal,
-    insert_runs,
+    insert_ended,
     lock_key,
     now,
     run_row,
@@ -83,11 +83,9 @@ _MARK_ENQUEUED: Final = (
     # Never before the caller's ETA; GREATEST passes over NULL.
     .values(enqueued_at=clock, wake_at=func.greatest(from_now(SILENCE), runs.c.next_attempt_at))
 )
+_EXISTS: Final = select(exists().where(runs.c.id == bindparam("run", type_=Uuid)))
 
 _log = logger(__name__)
-
-_Accepted = tuple[NewRun, bool, Arguments | None]
-"""A run, whether it is new, and what is kept as its arguments."""
 
 
 class RunLedger:
@@ -128,9 +126,7 @@ class RunLedger:
             within: a transaction of the caller's to take part in.
         """
         with self._database.transaction(within) as connection:
-            accepted = _accept(connection, news, delivered=delivered, actor=actor, reason=reason)
-            after_commit(connection, partial(_tell_accepted, accepted))
-        return [created for _, created, _ in accepted]
+            return accept(connection, news, delivered=delivered, actor=actor, reason=reason)
 
     def accept_crawl(
         self,
@@ -170,8 +166,8 @@ class RunLedger:
 
     def exists(self, run_id: UUID) -> bool:
         """Tell whether this ledger has a run."""
-        with self._database.transaction() as connection:
-            return bool(connection.scalar(select(exists().where(runs.c.id == run_id))))
+        with self._database.autocommit() as connection:
+            return bool(connection.scalar(_EXISTS, {"run": run_id}))
 
     def record_ended(self, values: dict[str, object], state: RunState, code: str, message: str) -> None:
         """Commit a run that ended before it began: wrong arguments, or expired on the way.
@@ -183,7 +179,7 @@ class RunLedger:
             message: one sentence for people.
         """
         with self._database.transaction() as connection:
-            created = bool(insert_runs(connection, [values], state, code=code, message=message))
+            created = insert_ended(connection, values, state, code, message)
         if created:
             kind, trigger = RunKind(str(values["kind"])), Trigger(str(values["trigger"]))
             count_created(kind, trigger)
@@ -404,36 +400,6 @@ class _Due:
 
 
 # --- Parts of transactions ---------------------------------------------------------------------------------
-
-
-def _accept(
-    connection: Connection, news: Sequence[NewRun], *, delivered: bool, actor: str | None, reason: str | None
-) -> list[_Accepted]:
-    """Insert runs; return of each whether it is new, and else what the one with its id was asked for."""
-    created = insert_runs(
-        connection,
-        [identity_of(new) | {"next_attempt_at": new.not_before} for new in news],
-        RunState.QUEUED,
-        delivered=delivered,
-        actor=actor,
-        reason=reason,
-    )
-    return [
-        (new, True, new.arguments)
-        if new.run_id in created
-        else (new, False, arguments_of(run_row(connection, new.run_id)))
-        for new in news
-    ]
-
-
-def _tell_accepted(accepted: Sequence[_Accepted]) -> None:
-    for new, created, kept in accepted:
-        run_id = str(new.run_id)
-        if created:
-            count_created(new.kind, new.trigger)
-            _log.info(Event.RUN_ACCEPTED, run_id=run_id, kind=new.kind, trigger=new.trigger)
-        elif kept != new.arguments:
-            _log.warning(Event.RUN_ID_CONFLICT, run_id=run_id, kept=repr(kept)[:200], ignored=repr(new.arguments)[:200])
 
 
 def _take_over_unsent(connection: Connection) -> None:

@@ -5,6 +5,7 @@ stories' business.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -33,6 +34,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from orchestrator.db import after_commit
 from orchestrator.domain import (
     TERMINAL,
     UNFINISHED,
@@ -154,34 +156,52 @@ _IDENTITY: Final = (
 )
 
 
-def insert_runs(
+def accept(
     connection: Connection,
-    rows: Sequence[Mapping[str, object]],
-    state: RunState,
+    news: Sequence[NewRun],
     *,
-    code: str | None = None,
-    message: str | None = None,
-    delivered: bool = False,
+    delivered: bool,
     actor: str | None = None,
     reason: str | None = None,
-) -> set[UUID]:
-    """Insert runs and record them; return which are new: of those whose id is taken nothing changes.
+    by: Select[Any] | None = None,
+) -> list[bool]:
+    """Accept runs; return of each whether it is new. The same id is one run, and its first arguments stand.
 
     Args:
-        connection: of the transaction.
-        rows: of each run what :func:`identity_of` has, and of no run that is over ``next_attempt_at``, before which it
-            does not begin.
-        state: of all of them.
-        code: why they are over, if they are.
-        message: the same for people.
+        connection: of the transaction; what happened is told once it is committed.
+        news: the runs.
         delivered: a worker holds a message about them, so that they need no wake-up soon.
         actor: who started them, if it is to be in the audit log.
         reason: why.
+        by: the statement, if it is to do something else, too; see :func:`inserting`.
     """
-    wake_in = None if state in TERMINAL else SILENCE if delivered else ENQUEUE_GRACE
-    arrays = {name: [row.get(name) for row in rows] for name in _IDENTITY}
-    facts = {"state": state, "code": code, "message": message, "delivered": delivered, "wake_in": wake_in}
-    return set(connection.scalars(_INSERT, arrays | facts | {"actor": actor, "reason": reason}))
+    wake_in = SILENCE if delivered else ENQUEUE_GRACE
+    facts = {"state": RunState.QUEUED, "code": None, "message": None, "delivered": delivered, "wake_in": wake_in}
+    rows = [identity_of(new) | {"next_attempt_at": new.not_before} for new in news]
+    created = set(
+        connection.scalars(_INSERT if by is None else by, _columns(rows) | facts | {"actor": actor, "reason": reason})
+    )
+    accepted = [
+        (new, True, new.arguments)
+        if new.run_id in created
+        else (new, False, arguments_of(run_row(connection, new.run_id)))
+        for new in news
+    ]
+    after_commit(connection, partial(_tell_accepted, accepted))
+    return [is_new for _, is_new, _ in accepted]
+
+
+def insert_ended(
+    connection: Connection, identity: Mapping[str, object], state: RunState, code: str, message: str
+) -> bool:
+    """Insert a run that is over, and why; return whether it is new."""
+    facts = {"state": state, "code": code, "message": message, "delivered": False, "wake_in": None}
+    columns = _columns([identity]) | facts | {"actor": None, "reason": None}
+    return bool(connection.scalars(_INSERT, columns).all())
+
+
+def _columns(rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    return {name: [row.get(name) for row in rows] for name in _IDENTITY}
 
 
 def run_row(connection: Connection, run_id: UUID, *, lock: bool = False) -> Row[Any]:
@@ -286,6 +306,11 @@ def moving(target: RunState, *conditions: ColumnElement[bool], **values: object)
     return select(moved).add_cte(_record(moved, _EVENTS[target], _WHY, _SENTENCE))
 
 
+def only(statement: Select[Any], *names: str) -> Select[Any]:
+    """Return the statement with fewer columns: to make values of a whole run takes as long as to exchange them."""
+    return statement.with_only_columns(*(statement.selected_columns[name] for name in names))
+
+
 def end(
     connection: Connection,
     run_id: UUID,
@@ -315,6 +340,17 @@ def _record(changed: CTE, event: Event, code: ColumnElement[Any], message: Colum
     return insert(run_events).from_select(["run_id", "event", "state", "code", "message"], facts).cte("recorded")
 
 
+def _tell_accepted(accepted: Sequence[tuple[NewRun, bool, Arguments | None]]) -> None:
+    """Tell of runs, each with whether it is new and what is kept as its arguments."""
+    for new, created, kept in accepted:
+        run_id = str(new.run_id)
+        if created:
+            count_created(new.kind, new.trigger)
+            _log.info(Event.RUN_ACCEPTED, run_id=run_id, kind=new.kind, trigger=new.trigger)
+        elif kept != new.arguments:
+            _log.warning(Event.RUN_ID_CONFLICT, run_id=run_id, kept=repr(kept)[:200], ignored=repr(new.arguments)[:200])
+
+
 def count_created(kind: RunKind, trigger: Trigger) -> None:
     """Count a run that was committed."""
     if trigger not in _COUNTED_WHEN_STARTED:
@@ -336,6 +372,22 @@ def _measure_end(run: Row[Any]) -> None:
     RUNS_FINISHED.add(run.kind, run.state)
     if run.started_at is not None:
         RUN_DURATION.observe((run.finished_at - run.started_at).total_seconds(), run.kind)
+
+
+TOLD: Final = (
+    "id",
+    "kind",
+    "state",
+    "total",
+    "published",
+    "skipped",
+    "error_code",
+    "error_message",
+    "started_at",
+    "next_attempt_at",
+    "finished_at",
+)
+"""The columns that :func:`announce` asks for."""
 
 
 def announce(run: Row[Any] | None) -> None:
@@ -387,8 +439,12 @@ def lock_key(schema: str, purpose: str) -> ColumnElement[int]:
     return func.hashtextextended(f"orchestrator:{schema}:{purpose}", 0)
 
 
-def _inserting() -> Select[Any]:
-    """Return the statement that inserts any number of runs, their events and, if there is an actor, audit events."""
+def inserting(*also: ColumnElement[Any]) -> Select[Any]:
+    """Return the statement that inserts any number of runs, their events and, if there is an actor, audit events.
+
+    Args:
+        also: what else to do for each that is new, when it has been inserted.
+    """
     arrays = [bindparam(name, type_=ARRAY(runs.c[name].type)) for name in _IDENTITY]
     given = func.unnest(*arrays).table_valued(*_IDENTITY).render_derived("given")
     state, actor = bindparam("state", type_=Text), bindparam("actor", type_=Text)
@@ -417,8 +473,8 @@ def _inserting() -> Select[Any]:
         "after": func.jsonb_build_object("state", created.c.state),
     }
     audited = insert(audit_events).from_select(list(audit), select(*audit.values()).where(actor.is_not(None)))
-    return select(created.c.id).add_cte(recorded, audited.cte("audited"))
+    return select(created.c.id, *also).add_cte(recorded, audited.cte("audited"))
 
 
 # One, made once: most of what it costs to accept a run is to make statements and to exchange them.
-_INSERT: Final = _inserting()
+_INSERT: Final = inserting()
