@@ -419,3 +419,23 @@ def test_a_plan_costs_as_many_statements_for_100_000_sources_as_for_ten(bench: W
 
     assert list(counts) == [(10, 0), (100_000, 10_000)]
     assert len(set(counts.values())) == 1, counts
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_configs_of_a_long_list_are_not_looked_up_one_by_one(bench: Workbench, form: LiteralString) -> None:
+    bench.application.execute("DROP TABLE crawl_configs, crawl_tasks")
+    bench.application.create_tables(form)
+    for task_id, size in ((1, 10), (2, 50_000)):
+        bench.application.add_task(task_id, range(1, size + 1))
+    # As if there were so many: this is what PostgreSQL believes.
+    believe = "UPDATE pg_class SET reltuples = %s WHERE oid = 'crawl_configs'::regclass"
+
+    def looks_up(task_id: int) -> bool:
+        with bench.database.transaction() as connection:
+            connection.execute(bench.catalog.plan(task_id).advice)
+            return bool(connection.exec_driver_sql("SHOW enable_nestloop").scalar() == "on")
+
+    for configs, expected in ((-1, [True, False]), (50_000, [True, False]), (10_000_000, [True, True])):
+        bench.application.execute(believe, configs)
+        assert [looks_up(task_id) for task_id in (1, 2)] == expected, configs
+    assert looks_up(999)

@@ -160,6 +160,7 @@ class CrawlLedger:
             if run.materialized_at is not None or run.state not in UNFINISHED:
                 return None
             with mismatch_explained():
+                connection.execute(plan.advice)
                 verdict = connection.execute(_materialization(run_id, plan)).one()
             refuse_unplannable(task_id, verdict.found, verdict.bad, verdict.examples)
             connection.execute(
@@ -202,8 +203,8 @@ class CrawlLedger:
         """
         with self._database.transaction() as connection:
             connection.execute(_FOR_A_BATCH)
-            rows = connection.execute(_TAKE, {"run": run_id, "after": after, "limit": limit}).all()
-            yield PendingBatch(run_id, [(row.data_source_id, row.crawl_config_id) for row in rows], connection)
+            taken = connection.execute(_TAKE, {"run": run_id, "after": after, "limit": limit}).all()
+            yield PendingBatch(run_id, taken, connection)
 
     def complete(self, run_id: UUID) -> bool:
         """End a run as succeeded if no row of its plan is pending; return whether this call did it.
