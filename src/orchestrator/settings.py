@@ -173,7 +173,7 @@ class CatalogSettings(_Section):
 class DispatchSettings(_Section):
     """The fan-out engine."""
 
-    batch_size: int = Field(1_000, ge=1, le=10_000, description="messages published per ledger transaction")
+    batch_size: int = Field(2_000, ge=1, le=10_000, description="messages published per ledger transaction")
     slice_seconds: Seconds = Field(20.0, le=30, description="a delivery works this long, then continues later")
     help_above: int = Field(
         50_000, ge=1, le=1_000_000_000, description="data sources left of a run above which other workers help with it"

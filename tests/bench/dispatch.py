@@ -3,9 +3,10 @@
     python -m tests.bench.dispatch [--size 100000] [--rounds 3] [--only speed|growth]
 
 Speed: a Celery message to a stock worker, measured from the run's acceptance to its end by the ledger's own moments,
-beside the seed's loop (a query and a confirmed publish for each source), Celery's ``send_task``, taskiq, procrastinate
-(tests/support/clients/dispatch.py, in a throw-away environment; all three read the configs in one statement), and
-frames built by hand, the limit of the wire. All send one message for each source, interleaved, to durable classic
+with a child for each of two cores, which is Celery's default, and with one child; beside the seed's loop (a query and
+a confirmed publish for each source), Celery's ``send_task``, taskiq, procrastinate (tests/support/clients/dispatch.py,
+in a throw-away environment; all three read the configs in one statement), and frames built by hand, the limit of the
+wire. All send one message for each source, interleaved, to durable classic
 queues that nobody reads. Growth: 1,000 to 1,000,000 sources, each in a fresh process that does what a worker's child
 does. Compare the ratios.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Final
@@ -40,8 +42,12 @@ PARTS: Final = ("speed", "growth")
 PEER_QUEUES: Final = {"celery": "peer.celery", "celery-confirmed": "peer.celery", "taskiq": "peer.taskiq"}
 _PATIENCE: Final = 900.0  # seconds for one way, once
 
+_OURS: Final = "confirmed; ledger; goes on after a crash, what comes twice has an equal id"
+WHOLE: Final = "whole run (ours), 2 processes"
+ALONE: Final = "whole run (ours), 1 process"
 GUARANTEES: Final = {
-    "whole run (ours)": "confirmed; ledger; goes on after a crash, what comes twice has an equal id",
+    WHOLE: _OURS,
+    ALONE: _OURS,
     "the seed's loop": "confirmed one by one; begins anew after a crash, duplicates unmarked",
     "Celery send_task, its defaults": "**not confirmed**; begins anew after a crash, new ids",
     "Celery send_task, confirm_publish": "confirmed one by one; begins anew after a crash, new ids",
@@ -55,11 +61,20 @@ GUARANTEES: Final = {
 # --- The ways, each of which returns messages a second -------------------------------------------------------
 
 
-def ours(stack: Stack, size: int) -> float:
-    """One whole run by a stock worker."""
-    run = stack.await_run(stack.crawl(size), within=_PATIENCE)
-    assert (run["state"], run["published"]) == ("succeeded", size)
-    return size / float((run["finished_at"] - run["created_at"]).total_seconds())
+def ours(stack: Stack, size: int, processes: int, clear: Callable[[Stack], None]) -> float:
+    """One whole run by a stock worker with so many children, which has done one before."""
+
+    def once() -> float:
+        clear(stack)
+        run = stack.await_run(stack.crawl(size), within=_PATIENCE)
+        assert (run["state"], run["published"]) == ("succeeded", size)
+        return size / float((run["finished_at"] - run["created_at"]).total_seconds())
+
+    worker = stack.worker(concurrency=processes)
+    once()
+    rate = once()
+    worker.terminate(within=60)
+    return rate
 
 
 def seeds_loop(stack: Stack, size: int) -> float:
@@ -126,27 +141,36 @@ def speed(stack: Stack, directory: Path, size: int, rounds: int) -> None:
     """Interleave all ways, and print their medians and ratios."""
     python = make_environment(directory / "peers", "peers")
     peers = [peer(python, name) for name in ("celery", "celery-confirmed", "taskiq", "procrastinate")]
-    ways = dict(zip(GUARANTEES, (ours, seeds_loop, *peers, frames_by_hand), strict=True))
+    by_two, alone = (partial(ours, processes=processes, clear=purge) for processes in (2, 1))
+    ways: dict[str, Callable[[Stack, int], float]] = dict(
+        zip(GUARANTEES, (by_two, alone, seeds_loop, *peers, frames_by_hand), strict=True)
+    )
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    worker = stack.worker(concurrency=1)
     for number in range(rounds):
         for name, way in ways.items():
             purge(stack)
             rates[name].append(way(stack, size))
             say(f"  round {number + 1}: {name}: {rates[name][-1]:,.0f}/s")
-    worker.terminate(within=60)
     purge(stack)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    whole = medians[next(iter(GUARANTEES))]
     rows = [
-        [name, f"{medians[name]:,.0f}", spread(values), f"{whole / medians[name]:.2f}", GUARANTEES[name]]
+        [
+            name,
+            f"{medians[name]:,.0f}",
+            spread(values),
+            *(f"{medians[way] / medians[name]:.2f}" for way in (WHOLE, ALONE)),
+            GUARANTEES[name],
+        ]
         for name, values in rates.items()
     ]
     say(f"\n{size:,} data sources, medians of {rounds}, interleaved\n")
-    say(table(("what", "messages/s", "range", "whole run / this", "guarantees"), rows))
+    say(table(("what", "messages/s", "range", "2 processes / this", "1 process / this", "guarantees"), rows))
     show_targets(
-        ("whole run / the seed's loop", whole / medians["the seed's loop"], "10"),
-        ("whole run / frames built by hand", whole / medians["frames built by hand"], "0.3"),
+        *((f"{way} / the seed's loop", medians[way] / medians["the seed's loop"], "10") for way in (WHOLE, ALONE)),
+        *(
+            (f"{way} / frames built by hand", medians[way] / medians["frames built by hand"], "0.3")
+            for way in (WHOLE, ALONE)
+        ),
     )
 
 

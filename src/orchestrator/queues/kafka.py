@@ -313,7 +313,7 @@ class _Session:
                 "queue.buffering.max.messages": WINDOW,
                 "batch.size": largest_batch,
                 # Each batch waits this long for what does not come after its last message; less makes small requests.
-                "linger.ms": 2,
+                "linger.ms": 1,
                 # The same partition for a data source as Java's clients choose.
                 "partitioner": "murmur2_random",
                 # What was deleted while we were connected is gone, not new.
