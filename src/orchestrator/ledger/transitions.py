@@ -21,7 +21,6 @@ from sqlalchemy import (
     Uuid,
     bindparam,
     case,
-    exists,
     func,
     insert,
     literal,
@@ -41,7 +40,6 @@ from orchestrator.domain import (
     AnalysisArguments,
     Arguments,
     CrawlArguments,
-    DispatchState,
     NewRun,
     RunKind,
     RunState,
@@ -51,7 +49,7 @@ from orchestrator.domain import (
 )
 from orchestrator.errors import IllegalTransitionError, RunNotFoundError
 from orchestrator.measures import RUN_DURATION, RUN_START_DELAY, RUNS_CREATED, RUNS_FINISHED
-from orchestrator.schema import audit_events, dispatches, run_events, runs
+from orchestrator.schema import audit_events, run_events, runs
 from orchestrator.telemetry import Event, logger
 
 ENQUEUE_GRACE: Final = 2.0
@@ -423,15 +421,12 @@ def backoff(longest: float) -> ColumnElement[Any]:
     return func.least(longest, SILENCE * func.power(2, func.least(runs.c.wakes, 10)))
 
 
-def anything_pending(run_id: UUID) -> ColumnElement[bool]:
-    """Whether a dispatch of a run is still to be published."""
-    return exists().where(dispatches.c.run_id == run_id, dispatches.c.state == DispatchState.PENDING)
-
-
 def complete_crawl(connection: Connection, run_id: UUID) -> Row[Any] | None:
     """End a crawl run as succeeded if it has a plan and nothing of it is pending; return its row if this did it."""
     planned = runs.c.materialized_at.is_not(None)
-    return end(connection, run_id, RunState.SUCCEEDED, None, None, planned, ~anything_pending(run_id))
+    # Each row is counted by the transaction that changes it; to look at the rows takes 0.3 s for a million of them.
+    done = runs.c.published + runs.c.skipped == runs.c.total
+    return end(connection, run_id, RunState.SUCCEEDED, None, None, planned, done)
 
 
 def lock_key(schema: str, purpose: str) -> ColumnElement[int]:
