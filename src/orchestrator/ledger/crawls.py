@@ -209,7 +209,7 @@ class CrawlLedger:
     def complete(self, run_id: UUID) -> bool:
         """End a run as succeeded if no row of its plan is pending; return whether this call did it.
 
-        In a transaction of its own, after the batch's: whichever of two workers commits the last one finds the run done.
+        In a transaction of its own, after the batch's: whichever of two workers commits last finds the run done.
         """
         with self._database.transaction() as connection:
             done = complete_crawl(connection, run_id)
