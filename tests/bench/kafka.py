@@ -38,7 +38,7 @@ PARTITIONS: Final = 3
 MORE: Final = 5  # messages of a publisher for each one of a run, which takes that much longer
 WAITING: Final = 90_000  # messages and callbacks; librdkafka's queue takes 100,000
 LARGE: Final = "ours, batches of 10,000"
-SMALL: Final = "ours, batches of 1,000"
+SMALL: Final = "ours, batches of 2,000"
 BARE: Final = "a bare producer"
 TARGETS: Final = {LARGE: "0.75", SMALL: "0.75", WHOLE: "0.3", ALONE: "0.3"}
 _PATIENCE: Final = 900.0  # seconds for one way, once
@@ -137,7 +137,7 @@ def compare(stack: Stack, kafka: KafkaServer, size: int, rounds: int) -> None:
     many = size * MORE
     ways: dict[str, Callable[[], float]] = {
         LARGE: lambda: on_a_new_topic(kafka, many, partial(publish, batch_size=10_000)),
-        SMALL: lambda: on_a_new_topic(kafka, many, partial(publish, batch_size=1_000)),
+        SMALL: lambda: on_a_new_topic(kafka, many, partial(publish, batch_size=2_000)),
         WHOLE: lambda: whole_run(stack, size, 2),
         ALONE: lambda: whole_run(stack, size, 1),
         BARE: lambda: on_a_new_topic(kafka, many, bare),

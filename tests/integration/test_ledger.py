@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,7 @@ from orchestrator.domain import (
     TRANSITIONS,
     UNFINISHED,
     AnalysisArguments,
+    Attempt,
     AttemptOutcome,
     CrawlArguments,
     ExtractionBatch,
@@ -1269,6 +1271,91 @@ def test_success_after_a_retry_leaves_no_error_behind(bench: Workbench) -> None:
 
     run = bench.run(run_id)
     assert (run["state"], run["error_code"], run["attempts"]) == (RunState.SUCCEEDED, None, 2)
+
+
+def analysis(theme: str = "news", *, not_before: datetime | None = None) -> NewRun:
+    """Return a run that a caller's message asks for."""
+    run_id = uuid4()
+    return NewRun(run_id, AnalysisArguments(7, theme), Trigger.CELERY, traceparent_of(run_id), not_before=not_before)
+
+
+def test_a_callers_run_is_accepted_with_its_first_call(bench: Workbench) -> None:
+    new = analysis()
+
+    attempt = bench.begin_attempt(new.run_id, new=new)
+
+    assert attempt == Attempt(new.run_id, 1, 0, 7, "news", new.traceparent)
+    run = bench.run(new.run_id)
+    assert (run["state"], run["attempts"], run["stale_below"]) == (RunState.RUNNING, 1, 1)
+    assert [event["event"] for event in bench.events(new.run_id)] == ["run.accepted", "run.started"]
+    # It is recorded as any other call is: of one that comes after it, and of the run's other deliveries.
+    assert bench.begin_attempt(new.run_id, new=new) is None
+    assert [(call["number"], call["node"]) for call in bench.attempts(new.run_id)] == [(1, NODE)]
+
+
+def test_one_message_that_comes_four_times_at_once_is_one_run_with_one_call(bench: Workbench) -> None:
+    for _ in range(10):
+        new = analysis()
+
+        begun = together(*[lambda new=new: bench.begin_attempt(new.run_id, new=new)] * 4)
+
+        assert sum(attempt is not None for attempt in begun) == 1
+        assert len(bench.attempts(new.run_id)) == 1
+
+
+def test_of_a_callers_run_the_first_arguments_stand(bench: Workbench) -> None:
+    new = analysis()
+    bench.accept(new.arguments, run_id=new.run_id)
+
+    attempt = bench.begin_attempt(new.run_id, new=replace(new, arguments=AnalysisArguments(8, "other")))
+
+    assert attempt is not None
+    assert (attempt.data_source_id, attempt.theme_name) == (7, "news")
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_callers_run_waits_for_its_time(bench: Workbench, hours: int) -> None:
+    new = analysis(not_before=datetime.now(UTC) + timedelta(hours=hours))
+
+    attempt = bench.begin_attempt(new.run_id, new=new)
+
+    assert (attempt is None) == (hours > 0)
+    assert bench.state(new.run_id) == ("queued" if hours > 0 else "running")
+
+
+def test_a_callers_run_is_accepted_though_no_slot_is_free(bench: Workbench) -> None:
+    first, second = analysis(), analysis()
+    assert bench.begin_attempt(first.run_id, cap=1, new=first) is not None
+
+    assert bench.begin_attempt(second.run_id, cap=1, new=second) is None
+
+    run = bench.run(second.run_id)
+    assert (run["state"], run["awaits_slot"]) == (RunState.QUEUED, "discovery_concurrency")
+
+
+def test_callers_runs_that_begin_at_once_stay_within_the_cap(bench: Workbench) -> None:
+    news = [analysis() for _ in range(12)]
+
+    begun = together(*[lambda new=new: bench.begin_attempt(new.run_id, cap=3, new=new) for new in news])
+
+    assert sum(attempt is not None for attempt in begun) == 3
+    assert bench.query("SELECT count(*) FROM runs WHERE awaits_slot IS NOT NULL") == [{"count": 9}]
+
+
+def test_the_end_of_a_call_says_whether_another_run_waits_for_it(bench: Workbench) -> None:
+    alone, first, waits = (bench.accept_analysis(source) for source in range(1, 4))
+    finish = bench.ledger.analyses.finish_attempt
+    attempt = bench.begin_attempt(alone, cap=1)
+    assert attempt is not None
+    assert not finish(attempt, GOOD, None)
+
+    other = bench.begin_attempt(first, cap=1)
+    assert other is not None
+    assert bench.begin_attempt(waits, cap=1) is None
+
+    assert finish(other, GOOD, None)
+    # Nothing is known of a call that had ended before.
+    assert finish(attempt, GOOD, None)
 
 
 def test_a_second_delivery_inside_the_lease_leaves(bench: Workbench) -> None:
