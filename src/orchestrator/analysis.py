@@ -80,26 +80,28 @@ class SiteAnalyser:
         turn = delivered
         while True:
             with bound(run_id=str(turn.run_id), **asdict(turn.arguments)):
-                someone_waits = self._take_turn(turn, node, caps)
+                someone_waits = self._work_on(turn, node, caps)
             waiting = self._ledger.next_waiting() if someone_waits else None
             if waiting is None or self._clock() > deadline or self._stopping():
                 return waiting
             turn = waiting
 
-    def _take_turn(self, turn: NewRun | WakeUp, node: str, caps: Caps) -> bool:
-        """Make a run's call if it is due; return whether another run may wait for a call that is free now."""
+    def _work_on(self, turn: NewRun | WakeUp, node: str, caps: Caps) -> bool:
+        """Make a run's call if it is due; return whether a run may wait for a call that is free now."""
         attempt = self._ledger.begin_attempt(
-            turn.run_id,
+            turn if isinstance(turn, NewRun) else turn.run_id,
             node=node,
             lease=self._lease,
             max_retries=self._policy.max_retries,
             cap=caps.everywhere,
             node_cap=caps.here,
-            new=turn if isinstance(turn, NewRun) else None,
         )
         if isinstance(attempt, Attempt):
             return self._call(attempt)
-        return attempt is not NoAttempt.NO_SLOT
+        # Whoever had the slot may have looked for somebody who waits just before this run did.
+        return attempt is not NoAttempt.NO_SLOT or self._ledger.is_slot_free(
+            node=node, cap=caps.everywhere, node_cap=caps.here
+        )
 
     def _call(self, attempt: Attempt) -> bool:
         _log.info(Event.ATTEMPT_STARTED, number=attempt.number, data_source_id=attempt.data_source_id)

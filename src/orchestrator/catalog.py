@@ -68,14 +68,14 @@ class Plan:
         found: whether the crawl task exists.
         bad: how many elements are no positive integers.
         examples: the first few of them as JSON text, shortened.
-        advice: to be executed before, in the same transaction: how to look configs up, if the list is long.
+        advice: may be executed before, in the same transaction: speeds a long list up.
     """
 
     rows: Select[tuple[int, int | None]]
     found: ScalarSelect[bool]
     bad: ScalarSelect[int]
     examples: ScalarSelect[list[str] | None]
-    advice: Select[tuple[str]]
+    advice: Select[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,21 +275,23 @@ class Catalog:
             .prefix_with("MATERIALIZED")
         )
 
-    def _advice(self, task_id: int) -> Select[tuple[str]]:
+    def _advice(self, task_id: int) -> Select[tuple[str, str]]:
         """Return the statement that keeps PostgreSQL from looking up the configs of a long list one by one.
 
         It takes each list for 100 elements. For 100,000, with as many configs, looking up took a third of the time
-        of a plan; where configs are much more than that, it is still the better way.
+        of a plan. Where configs are much more than that, or where nobody knows how many they are (of views and
+        partitioned tables), it is left alone.
         """
         names = self._tasks
         tasks = _table(names.schema_name, names.table, names.id, names.data_source_ids)
         configs = func.to_regclass(_named(self._configs.schema_name, self._configs.table))
         rows = select(_classes.c.reltuples).where(_classes.c.oid == configs).scalar_subquery()
         elements = func.pg_column_size(tasks.c[names.data_source_ids]) / _BYTES
-        is_long = (elements > _LONG) & (elements * _PROBES > func.coalesce(rows, 0))
-        return select(func.set_config("enable_nestloop", "off", literal(value=True))).where(
-            tasks.c[names.id] == task_id, is_long
-        )
+        is_long = (elements > _LONG) & (rows >= 0) & (elements * _PROBES > rows)
+        # Up to PostgreSQL 17, what cannot do without a nested loop (a list's elements) then seems to cost so much that
+        # the statement would be compiled.
+        off = [func.set_config(name, "off", literal(value=True)) for name in ("enable_nestloop", "jit")]
+        return select(*off).where(tasks.c[names.id] == task_id, is_long)
 
     @staticmethod
     def _elements(task: CTE) -> CTE:

@@ -79,7 +79,14 @@ def _analyse(request: Context, args: tuple[object, ...], kwargs: Mapping[str, ob
     node = this_node()
     # A caller's own run is accepted with its first call, in one transaction.
     delivered = new if _number(request) is None else new.wake_up
-    waiting = ours.analyser.deliver(delivered, node=node.name, caps=ours.caps(node))
+    try:
+        waiting = ours.analyser.deliver(delivered, node=node.name, caps=ours.caps(node))
+    except TransientError:
+        raise
+    except Exception:
+        # Else a fault of ours would be recorded of a run without arguments, which nobody could retry.
+        ours.ledger.runs.accept(new, delivered=True)
+        raise
     if waiting is not None:
         _wake(waiting)
 

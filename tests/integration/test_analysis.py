@@ -1,16 +1,24 @@
 """The site-analysis engine against a real ledger and a real HTTP server."""
 
-from uuid import UUID
+from types import SimpleNamespace
+from typing import Any, Final
+from uuid import UUID, uuid4
 
+import pytest
+
+from orchestrator import tasks
 from orchestrator.analysis import Caps, SiteAnalyser
-from orchestrator.discovery import Answer, DiscoveryClient, RetryPolicy
-from orchestrator.domain import AnalysisArguments, Attempt, WakeUp
+from orchestrator.discovery import Answer, AnswerCode, DiscoveryClient, RetryPolicy
+from orchestrator.domain import AnalysisArguments, Attempt, AttemptOutcome, NewRun, NoAttempt, WakeUp
 from orchestrator.errors import DatabaseUnavailableError
 from orchestrator.ledger.analyses import AnalysisLedger
+from orchestrator.ledger.transitions import SILENCE
+from orchestrator.settings import Settings
 from tests.support.discovery_server import DiscoveryServer, answer
 from tests.support.ledgers import LEASE, NODE, Workbench
 
-ONE = Caps(everywhere=1, here=1)
+ONE: Final = Caps(everywhere=1, here=1)
+GOOD: Final = Answer(AttemptOutcome.SUCCEEDED, 202, AnswerCode.OK, "Discovery Service answered 202 Accepted", None, 0.1)
 
 
 def deliver(ledger: AnalysisLedger, url: str, run_id: UUID) -> WakeUp | None:
@@ -63,3 +71,57 @@ def test_an_answer_is_kept_while_the_database_is_away(bench: Workbench) -> None:
         deliver(AwayTwice(bench.database), discovery.url, run_id)
 
         assert (bench.state(run_id), len(discovery.requests)) == ("succeeded", 1)
+
+
+class EndsMeanwhile(AnalysisLedger):
+    """A ledger in which the only call under way ends just after a run was set aside for it."""
+
+    under_way: Attempt | None = None
+
+    def begin_attempt(self, run: UUID | NewRun, **how: Any) -> Attempt | NoAttempt:  # noqa: ANN401 -- the base's
+        begun = super().begin_attempt(run, **how)
+        if begun is NoAttempt.NO_SLOT and self.under_way is not None:
+            # It looked for somebody who waits while its statement began, and there was nobody.
+            ended, self.under_way = self.under_way, None
+            self.finish_attempt(ended, GOOD, None)
+        return begun
+
+
+def test_a_run_set_aside_as_the_slot_comes_free_goes_on_at_once(bench: Workbench) -> None:
+    first, second = bench.accept_analysis(1), bench.accept_analysis(2)
+    ledger = EndsMeanwhile(bench.database)
+    ledger.under_way = bench.begin_attempt(first, cap=1)
+
+    with DiscoveryServer(answer()) as discovery:
+        assert deliver(ledger, discovery.url, second) is None
+
+    assert [bench.state(run_id) for run_id in (first, second)] == ["succeeded", "succeeded"]
+
+
+class Faulty(AnalysisLedger):
+    """A ledger with a fault of ours."""
+
+    def begin_attempt(self, run: UUID | NewRun, **how: Any) -> Attempt | NoAttempt:  # noqa: ANN401, ARG002 -- the base's
+        raise RuntimeError("a fault of ours")
+
+
+def test_a_fault_of_ours_leaves_a_callers_run_with_its_arguments(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = DiscoveryClient("http://127.0.0.1:9", 5)
+    analyser = SiteAnalyser(Faulty(bench.database), client, RetryPolicy(0, 1, 1), timeout=5, slice_seconds=20)
+    ours = SimpleNamespace(ledger=bench.ledger, analyser=analyser, caps=lambda _: ONE, settings=Settings())
+    monkeypatch.setattr(tasks, "services", lambda: ours)
+    run_id = uuid4()
+
+    tasks.trigger_site_analysis.push_request(id=str(run_id))
+    try:
+        tasks.trigger_site_analysis.run(7, "news")
+    finally:
+        tasks.trigger_site_analysis.pop_request()
+
+    run = bench.run(run_id)
+    assert (run["state"], run["data_source_id"], run["theme_name"]) == ("queued", 7, "news")
+    assert bench.wake() == []
+    bench.rewind(run_id, SILENCE + 1)
+    assert bench.wake() == [run_id]

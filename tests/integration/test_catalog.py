@@ -427,15 +427,33 @@ def test_configs_of_a_long_list_are_not_looked_up_one_by_one(bench: Workbench, f
     bench.application.create_tables(form)
     for task_id, size in ((1, 10), (2, 50_000)):
         bench.application.add_task(task_id, range(1, size + 1))
-    # As if there were so many: this is what PostgreSQL believes.
+    # As if there were so many, or nobody knew: this is what PostgreSQL believes.
     believe = "UPDATE pg_class SET reltuples = %s WHERE oid = 'crawl_configs'::regclass"
 
-    def looks_up(task_id: int) -> bool:
+    def settings_of(task_id: int) -> set[str | None]:
         with bench.database.transaction() as connection:
             connection.execute(bench.catalog.plan(task_id).advice)
-            return bool(connection.exec_driver_sql("SHOW enable_nestloop").scalar() == "on")
+            return {connection.exec_driver_sql(f"SHOW {name}").scalar() for name in ("enable_nestloop", "jit")}
 
-    for configs, expected in ((-1, [True, False]), (50_000, [True, False]), (10_000_000, [True, True])):
+    for configs, expected in ((50_000, {"off"}), (10_000_000, {"on"}), (-1, {"on"})):
         bench.application.execute(believe, configs)
-        assert [looks_up(task_id) for task_id in (1, 2)] == expected, configs
-    assert looks_up(999)
+        assert settings_of(1) == {"on"}
+        assert settings_of(2) == expected, configs
+    bench.application.execute("ALTER TABLE crawl_configs RENAME TO kept; CREATE VIEW crawl_configs AS TABLE kept")
+    assert settings_of(2) == settings_of(999) == {"on"}
+
+
+def test_a_long_plan_neither_looks_configs_up_one_by_one_nor_is_compiled(bench: Workbench) -> None:
+    bench.application.add_sources(50_000)
+    bench.application.add_task(1, range(1, 50_001))
+    bench.application.execute("ANALYZE crawl_configs")
+    plan = bench.catalog.plan(1)
+    with bench.database.transaction() as connection:
+        connection.execute(plan.advice)
+        statement = plan.rows.compile(connection)
+        rows = connection.exec_driver_sql(f"EXPLAIN (ANALYZE) {statement}", statement.params).scalars().all()
+
+    explained = "\n".join(rows)
+    assert "on crawl_configs" in explained
+    assert "Seq Scan on crawl_configs" in explained
+    assert "JIT" not in explained

@@ -150,7 +150,7 @@ def fail() -> None:
 
 
 @pytest.mark.parametrize("statement", ["SELECT 1", "SELECT 1 / 0", None])
-def test_a_transaction_on_a_connection_that_was_lent_for_reading_is_one(
+def test_a_transaction_on_a_connection_that_was_lent_in_autocommit_is_one(
     database: Database, statement: str | None
 ) -> None:
     with suppress(DataError, ZeroDivisionError), database.autocommit() as connection:
@@ -166,7 +166,7 @@ def test_a_transaction_on_a_connection_that_was_lent_for_reading_is_one(
     assert answer(database, "SELECT to_regclass('one')") is None
 
 
-def test_reading_keeps_no_transaction_open(database: Database, database_url: str) -> None:
+def test_autocommit_keeps_no_transaction_open(database: Database, database_url: str) -> None:
     with database.autocommit() as connection:
         lent = connection.scalar(text("SELECT pg_backend_pid()"))
         with psycopg.connect(database_url) as other:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 from uuid import UUID, uuid4
 
 import psycopg
@@ -1282,14 +1282,14 @@ def analysis(theme: str = "news", *, not_before: datetime | None = None) -> NewR
 def test_a_callers_run_is_accepted_with_its_first_call(bench: Workbench) -> None:
     new = analysis()
 
-    attempt = bench.begin_attempt(new.run_id, new=new)
+    attempt = bench.begin_attempt(new)
 
     assert attempt == Attempt(new.run_id, 1, 0, 7, "news", new.traceparent)
     run = bench.run(new.run_id)
     assert (run["state"], run["attempts"], run["stale_below"]) == (RunState.RUNNING, 1, 1)
     assert [event["event"] for event in bench.events(new.run_id)] == ["run.accepted", "run.started"]
     # It is recorded as any other call is: of one that comes after it, and of the run's other deliveries.
-    assert bench.begin_attempt(new.run_id, new=new) is None
+    assert bench.begin_attempt(new) is None
     assert [(call["number"], call["node"]) for call in bench.attempts(new.run_id)] == [(1, NODE)]
 
 
@@ -1297,7 +1297,7 @@ def test_one_message_that_comes_four_times_at_once_is_one_run_with_one_call(benc
     for _ in range(10):
         new = analysis()
 
-        begun = together(*[lambda new=new: bench.begin_attempt(new.run_id, new=new)] * 4)
+        begun = together(*[lambda new=new: bench.begin_attempt(new)] * 4)
 
         assert sum(attempt is not None for attempt in begun) == 1
         assert len(bench.attempts(new.run_id)) == 1
@@ -1307,7 +1307,7 @@ def test_of_a_callers_run_the_first_arguments_stand(bench: Workbench) -> None:
     new = analysis()
     bench.accept(new.arguments, run_id=new.run_id)
 
-    attempt = bench.begin_attempt(new.run_id, new=replace(new, arguments=AnalysisArguments(8, "other")))
+    attempt = bench.begin_attempt(replace(new, arguments=AnalysisArguments(8, "other")))
 
     assert attempt is not None
     assert (attempt.data_source_id, attempt.theme_name) == (7, "news")
@@ -1317,7 +1317,7 @@ def test_of_a_callers_run_the_first_arguments_stand(bench: Workbench) -> None:
 def test_a_callers_run_waits_for_its_time(bench: Workbench, hours: int) -> None:
     new = analysis(not_before=datetime.now(UTC) + timedelta(hours=hours))
 
-    attempt = bench.begin_attempt(new.run_id, new=new)
+    attempt = bench.begin_attempt(new)
 
     assert (attempt is None) == (hours > 0)
     assert bench.state(new.run_id) == ("queued" if hours > 0 else "running")
@@ -1325,9 +1325,9 @@ def test_a_callers_run_waits_for_its_time(bench: Workbench, hours: int) -> None:
 
 def test_a_callers_run_is_accepted_though_no_slot_is_free(bench: Workbench) -> None:
     first, second = analysis(), analysis()
-    assert bench.begin_attempt(first.run_id, cap=1, new=first) is not None
+    assert bench.begin_attempt(first, cap=1) is not None
 
-    assert bench.begin_attempt(second.run_id, cap=1, new=second) is None
+    assert bench.begin_attempt(second, cap=1) is None
 
     run = bench.run(second.run_id)
     assert (run["state"], run["awaits_slot"]) == (RunState.QUEUED, "discovery_concurrency")
@@ -1336,7 +1336,7 @@ def test_a_callers_run_is_accepted_though_no_slot_is_free(bench: Workbench) -> N
 def test_callers_runs_that_begin_at_once_stay_within_the_cap(bench: Workbench) -> None:
     news = [analysis() for _ in range(12)]
 
-    begun = together(*[lambda new=new: bench.begin_attempt(new.run_id, cap=3, new=new) for new in news])
+    begun = together(*[lambda new=new: bench.begin_attempt(new, cap=3) for new in news])
 
     assert sum(attempt is not None for attempt in begun) == 3
     assert bench.query("SELECT count(*) FROM runs WHERE awaits_slot IS NOT NULL") == [{"count": 9}]
@@ -1356,6 +1356,27 @@ def test_the_end_of_a_call_says_whether_another_run_waits_for_it(bench: Workbenc
     assert finish(other, GOOD, None)
     # Nothing is known of a call that had ended before.
     assert finish(attempt, GOOD, None)
+
+
+@pytest.mark.parametrize("meanwhile", ["wakes = wakes + 1", "state = 'canceled', finished_at = clock_timestamp()"])
+def test_a_call_ends_once_its_run_is_free(bench: Workbench, meanwhile: LiteralString) -> None:
+    run_id = bench.accept_analysis()
+    attempt = bench.begin_attempt(run_id)
+    assert attempt is not None
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(bench.url) as other:
+        other.execute(f"UPDATE orchestrator.runs SET {meanwhile} WHERE id = %s", [run_id])
+        ends = pool.submit(bench.ledger.analyses.finish_attempt, attempt, GOOD, None)
+        eventually(lambda: bench.query(waiting), within=10, what="it waits for the run's row")
+        other.commit()
+        ends.result(10)
+
+    canceled = "canceled" in meanwhile
+    assert bench.state(run_id) == ("canceled" if canceled else "succeeded")
+    assert [call["outcome"] for call in bench.attempts(run_id)] == ["succeeded"]
+    told = [event["event"] for event in bench.events(run_id)]
+    assert told == ["run.accepted", "run.started", *([] if canceled else ["run.succeeded"])]
 
 
 def test_a_second_delivery_inside_the_lease_leaves(bench: Workbench) -> None:

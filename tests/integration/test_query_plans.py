@@ -14,7 +14,8 @@ from psycopg.rows import dict_row
 from sqlalchemy import event
 
 from orchestrator import metrics
-from orchestrator.domain import DispatchState, RunKind, RunState, Trigger
+from orchestrator.discovery import Answer, AnswerCode
+from orchestrator.domain import AttemptOutcome, DispatchState, RunKind, RunState, Trigger
 from orchestrator.insights import AuditFilter, Insights, RunFilter
 from tests.support.ledgers import Workbench, template
 from tests.support.postgres import PostgresServer
@@ -213,6 +214,16 @@ def test_the_pulse_finds_canceled_runs_among_what_is_due(bench: Workbench) -> No
 
 def test_the_next_run_that_waits_for_a_call_is_found_by_its_index(bench: Workbench) -> None:
     explained = Explained(bench, bench.ledger.analyses.next_waiting)
+
+    explained.assert_by("runs", "runs_awaits_slot_idx", "runs_pkey", "ModifyTable", looked_at=1)
+
+
+def test_the_end_of_a_call_sees_by_the_same_index_whether_a_run_waits(bench: Workbench) -> None:
+    attempt = bench.begin_attempt(bench.accept_analysis())
+    assert attempt is not None
+    ok = Answer(AttemptOutcome.SUCCEEDED, 200, AnswerCode.OK, "ok", None, 0.1)
+
+    explained = Explained(bench, lambda: bench.ledger.analyses.finish_attempt(attempt, ok, None))
 
     explained.assert_by("runs", "runs_awaits_slot_idx", "runs_pkey", "ModifyTable", looked_at=1)
 

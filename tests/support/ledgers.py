@@ -146,18 +146,11 @@ class Workbench:
         )
 
     def begin_attempt(
-        self,
-        run_id: UUID,
-        *,
-        node: str = NODE,
-        max_retries: int = 3,
-        cap: int = 100,
-        node_cap: int = 100,
-        new: NewRun | None = None,
+        self, run: UUID | NewRun, *, node: str = NODE, max_retries: int = 3, cap: int = 100, node_cap: int = 100
     ) -> Attempt | None:
-        """Record a call to the Discovery Service, of a new run if that is given; return none if none may be made."""
+        """Record one call to the Discovery Service; return none when none may be made."""
         attempt = self.ledger.analyses.begin_attempt(
-            run_id, node=node, lease=LEASE, max_retries=max_retries, cap=cap, node_cap=node_cap, new=new
+            run, node=node, lease=LEASE, max_retries=max_retries, cap=cap, node_cap=node_cap
         )
         return attempt if isinstance(attempt, Attempt) else None
 

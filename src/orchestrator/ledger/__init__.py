@@ -5,7 +5,8 @@ clock. The concurrency contract, for every caller:
 
 - Any number of processes may call any method at the same time, and any call may be repeated.
 - Lock order: a run's dispatches before the run's row, and dispatches only with SKIP LOCKED; the run's row before
-  its attempts. Who deletes a run takes its row first, with SKIP LOCKED: nobody works on its dispatches any more.
+  its attempts; a run's row, one just inserted too, before the advisory lock ``discovery``, whose holder waits for no
+  other row. Who deletes a run takes its row first, with SKIP LOCKED: nobody works on its dispatches any more.
 - No lock outlives its transaction; a frozen process loses its session, and so its locks, after 30 s.
 - Every run that is not over has ``wake_at`` in the future, or the pulse is about to wake it.
 

@@ -144,7 +144,9 @@ _finished = (
     .cte("finished_attempt")
 )
 _was_open = exists(select(_finished.c.number))
-_someone_waits = exists(select(runs.c.id).where(*_waiting)).label("someone_waits")
+# Not EXISTS, which PostgreSQL would answer by reading runs one after the other once it believes that many wait.
+_first = select(runs.c.id).where(*_waiting).order_by(runs.c.created_at).limit(1).scalar_subquery()
+_someone_waits = _first.is_not(None).label("someone_waits")
 _again = {"next_attempt_at": _AGAIN_AT, "wake_at": _AGAIN_AT, "progress_at": clock}
 _SUCCEED: Final = only(ending(RunState.SUCCEEDED, _was_open), *TOLD).add_columns(_someone_waits)
 _FAIL: Final = only(ending(RunState.FAILED, _was_open), *TOLD).add_columns(_someone_waits)
@@ -152,6 +154,9 @@ _RETRY: Final = only(moving(RunState.RETRYING, _was_open, **EXPLAINED, **_again)
 
 _Due = tuple[Attempt, Executable]
 """A call that may be made if a slot is free, and the statement that begins it."""
+
+
+_ANY_SLOT: Final = select((_under_way.c.everywhere < bindparam("cap")) & (_under_way.c.here < bindparam("node_cap")))
 
 
 class AnalysisLedger:
@@ -172,14 +177,13 @@ class AnalysisLedger:
 
     def begin_attempt(
         self,
-        run_id: UUID,
+        run: UUID | NewRun,
         *,
         node: str,
         lease: float,
         max_retries: int,
         cap: int,
         node_cap: int,
-        new: NewRun | None = None,
     ) -> Attempt | NoAttempt:
         """Record one call to the Discovery Service before it is made; say why when none may be made now.
 
@@ -187,16 +191,16 @@ class AnalysisLedger:
         everywhere, or ``node_cap`` by this node, the run is set aside for :meth:`next_waiting`.
 
         Args:
-            run_id: the run.
+            run: which; a new one is accepted first: a worker holds a message about it.
             node: the worker's name.
             lease: seconds until the attempt counts as lost.
             max_retries: attempts beyond the first, since the last revival.
             cap: most calls under way at once, all workers together.
             node_cap: most calls under way at once by this node.
-            new: the run, if it is to be accepted first: a worker holds a message about it.
         """
+        run_id = run.run_id if isinstance(run, NewRun) else run
         with self._database.transaction() as connection:
-            due = self._accept(connection, new) if new is not None else None
+            due = self._accept(connection, run) if isinstance(run, NewRun) else None
             due = due or self._find_due(connection, run_id, max_retries)
             if due is None:
                 return NoAttempt.NOT_DUE
@@ -238,6 +242,11 @@ class AnalysisLedger:
         announce(run)
         return run is None or bool(run.someone_waits)
 
+    def is_slot_free(self, *, node: str, cap: int, node_cap: int) -> bool:
+        """Tell whether a call might begin now; see :meth:`begin_attempt`."""
+        with self._database.autocommit() as connection:
+            return bool(connection.scalar(_ANY_SLOT, {"worker": node, "cap": cap, "node_cap": node_cap}))
+
     def next_waiting(self) -> WakeUp | None:
         """Take the oldest run that was set aside for want of a free call, if there is one."""
         with self._database.transaction() as connection:
@@ -247,8 +256,9 @@ class AnalysisLedger:
     def _accept(self, connection: Connection, new: NewRun) -> _Due | None:
         """Accept a run, and take the turn of its first call; return none if it is not new, or waits for its time."""
         assert isinstance(new.arguments, AnalysisArguments)  # noqa: S101 -- for the type checker
-        [is_new] = accept(connection, [new], delivered=True, by=self._accept_in_turn)
-        if not is_new or new.not_before is not None:
+        waits = new.not_before is not None
+        [is_new] = accept(connection, [new], delivered=True, by=None if waits else self._accept_in_turn)
+        if waits or not is_new:
             return None
         source, theme = new.arguments.data_source_id, new.arguments.theme_name
         return Attempt(new.run_id, 1, 0, source, theme, new.traceparent), _START

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Row,
     Select,
     Text,
+    Update,
     Uuid,
     bindparam,
     case,
@@ -250,7 +251,9 @@ def starting(*conditions: ColumnElement[bool], **values: object) -> Select[Any]:
 
     Its parameters are ``run``, and ``wake_in`` in seconds. See :func:`measure_start`.
     """
-    return moving(RunState.RUNNING, *conditions, **_begun() | values)
+    return _recording(
+        RunState.RUNNING, _moved(RunState.RUNNING, conditions, _begun() | values).returning(runs, _WAITED)
+    )
 
 
 def going_on(*conditions: ColumnElement[bool], **values: object) -> ReturningUpdate[Any]:
@@ -294,14 +297,17 @@ def moving(target: RunState, *conditions: ColumnElement[bool], **values: object)
     Its parameters are ``run``, and the record's code and message, ``why`` and ``sentence``, none unless given. To make
     one takes longer than to execute it: stories that are told often keep theirs.
     """
-    moved = (
-        update(runs)
-        .where(runs.c.id == _RUN, among(sources_of(target)), *conditions)
-        .values(state=target, **values)
-        .returning(runs, _WAITED)
-        .cte("moved")
-    )
-    return select(moved).add_cte(_record(moved, _EVENTS[target], _WHY, _SENTENCE))
+    return _recording(target, _moved(target, conditions, values).returning(runs))
+
+
+def _moved(target: RunState, conditions: Iterable[ColumnElement[bool]], values: Mapping[str, object]) -> Update:
+    moved = update(runs).where(runs.c.id == _RUN, among(sources_of(target)), *conditions)
+    return moved.values(state=target, **values)
+
+
+def _recording(target: RunState, moved: ReturningUpdate[Any]) -> Select[Any]:
+    part = moved.cte("moved")
+    return select(part).add_cte(_record(part, _EVENTS[target], _WHY, _SENTENCE))
 
 
 def only(statement: Select[Any], *names: str) -> Select[Any]:
