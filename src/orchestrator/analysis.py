@@ -98,7 +98,7 @@ class SiteAnalyser:
         )
         if isinstance(attempt, Attempt):
             return self._call(attempt)
-        # Whoever had the slot may have looked for somebody who waits just before this run did.
+        # Whoever had the slot may have looked for somebody who waits before this run did.
         return attempt is not NoAttempt.NO_SLOT or self._ledger.is_slot_free(
             node=node, cap=caps.everywhere, node_cap=caps.here
         )

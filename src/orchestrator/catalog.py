@@ -55,7 +55,7 @@ _LONG: Final = 10_000  # elements
 _BYTES: Final = 4  # of an element of a list as PostgreSQL keeps it, compressed: 3 to 12
 _PROBES: Final = 10  # rows of a table that are read in the time in which one is looked up
 _attributes: Final = table("pg_attribute", *map(column, ("attrelid", "attname", "atttypid", "attnum", "attisdropped")))
-_classes: Final = table("pg_class", column("oid"), column("reltuples"))
+_classes: Final = table("pg_class", *map(column, ("oid", "reltuples", "relkind")), schema="pg_catalog")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Plan:
         found: whether the crawl task exists.
         bad: how many elements are no positive integers.
         examples: the first few of them as JSON text, shortened.
-        advice: may be executed before, in the same transaction: speeds a long list up.
+        advice: may be executed before, in the same transaction: speeds a long list up, and may fail.
     """
 
     rows: Select[tuple[int, int | None]]
@@ -284,9 +284,13 @@ class Catalog:
         """
         names = self._tasks
         tasks = _table(names.schema_name, names.table, names.id, names.data_source_ids)
-        configs = func.to_regclass(_named(self._configs.schema_name, self._configs.table))
-        rows = select(_classes.c.reltuples).where(_classes.c.oid == configs).scalar_subquery()
-        elements = func.pg_column_size(tasks.c[names.data_source_ids]) / _BYTES
+        configs = func.pg_catalog.to_regclass(_named(self._configs.schema_name, self._configs.table))
+        rows = (
+            select(_classes.c.reltuples)
+            .where(_classes.c.oid == configs, _classes.c.relkind.in_(["r", "m"]))
+            .scalar_subquery()
+        )
+        elements = func.pg_catalog.pg_column_size(tasks.c[names.data_source_ids]) / _BYTES
         is_long = (elements > _LONG) & (rows >= 0) & (elements * _PROBES > rows)
         # Up to PostgreSQL 17, what cannot do without a nested loop (a list's elements) then seems to cost so much that
         # the statement would be compiled.

@@ -1,6 +1,7 @@
 """Reading the application's tables: plans against an oracle, mapped names, and sentences about what does not fit."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, LiteralString
 
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 from psycopg.types.json import Json, Jsonb
-from sqlalchemy import event
+from sqlalchemy import Text, event, literal_column, select
 
 from orchestrator.catalog import Catalog
 from orchestrator.db import Database
@@ -441,6 +442,23 @@ def test_configs_of_a_long_list_are_not_looked_up_one_by_one(bench: Workbench, f
         assert settings_of(2) == expected, configs
     bench.application.execute("ALTER TABLE crawl_configs RENAME TO kept; CREATE VIEW crawl_configs AS TABLE kept")
     assert settings_of(2) == settings_of(999) == {"on"}
+    # Of a parent PostgreSQL knows what it was when somebody asked for it last.
+    bench.application.execute(
+        "DROP VIEW crawl_configs; CREATE TABLE crawl_configs (LIKE kept) PARTITION BY RANGE (id);"
+        " CREATE TABLE part PARTITION OF crawl_configs DEFAULT; ANALYZE crawl_configs"
+    )
+    assert settings_of(2) == {"on"}
+
+
+def test_advice_that_cannot_be_had_keeps_no_run_from_its_plan(bench: Workbench) -> None:
+    bench.application.add_sources(3)
+    bench.application.add_task(1, [1, 2, 3])
+    run_id = bench.accept()
+    plan = replace(
+        bench.catalog.plan(1), advice=select(literal_column("(1 / 0)::text", Text), literal_column("''", Text))
+    )
+
+    assert bench.ledger.crawls.materialize(run_id, 1, plan) == (3, 0)
 
 
 def test_a_long_plan_neither_looks_configs_up_one_by_one_nor_is_compiled(bench: Workbench) -> None:

@@ -1354,8 +1354,23 @@ def test_the_end_of_a_call_says_whether_another_run_waits_for_it(bench: Workbenc
     assert bench.begin_attempt(waits, cap=1) is None
 
     assert finish(other, GOOD, None)
-    # Nothing is known of a call that had ended before.
-    assert finish(attempt, GOOD, None)
+
+
+def test_a_run_set_aside_while_a_call_ends_is_seen_by_whoever_ends_it(bench: Workbench) -> None:
+    first, second = bench.accept_analysis(1), bench.accept_analysis(2)
+    attempt = bench.begin_attempt(first, cap=1)
+    assert attempt is not None
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(bench.url) as other:
+        other.execute("UPDATE orchestrator.runs SET wakes = wakes + 1 WHERE id = %s", [first])
+        ends = pool.submit(bench.ledger.analyses.finish_attempt, attempt, GOOD, None)
+        eventually(lambda: bench.query(waiting), within=10, what="the statement has begun, and waits for the run's row")
+        assert bench.begin_attempt(second, cap=1) is None
+        assert not bench.ledger.analyses.is_slot_free(node=NODE, cap=1, node_cap=100)
+        other.commit()
+
+        assert ends.result(10)
 
 
 @pytest.mark.parametrize("meanwhile", ["wakes = wakes + 1", "state = 'canceled', finished_at = clock_timestamp()"])

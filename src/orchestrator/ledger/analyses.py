@@ -129,6 +129,8 @@ _oldest = (
     .with_for_update(skip_locked=True)
     .scalar_subquery()
 )
+# Not EXISTS, which PostgreSQL would answer by reading runs one after the other once it believes that many wait.
+_ANYONE_WAITING: Final = select(runs.c.id).where(*_waiting).order_by(runs.c.created_at).limit(1)
 _NEXT_WAITING: Final = update(runs).where(runs.c.id == _oldest).values(awaits_slot=None).returning(runs)
 
 # The run's row before its attempt: see the order of locks.
@@ -144,13 +146,10 @@ _finished = (
     .cte("finished_attempt")
 )
 _was_open = exists(select(_finished.c.number))
-# Not EXISTS, which PostgreSQL would answer by reading runs one after the other once it believes that many wait.
-_first = select(runs.c.id).where(*_waiting).order_by(runs.c.created_at).limit(1).scalar_subquery()
-_someone_waits = _first.is_not(None).label("someone_waits")
 _again = {"next_attempt_at": _AGAIN_AT, "wake_at": _AGAIN_AT, "progress_at": clock}
-_SUCCEED: Final = only(ending(RunState.SUCCEEDED, _was_open), *TOLD).add_columns(_someone_waits)
-_FAIL: Final = only(ending(RunState.FAILED, _was_open), *TOLD).add_columns(_someone_waits)
-_RETRY: Final = only(moving(RunState.RETRYING, _was_open, **EXPLAINED, **_again), *TOLD).add_columns(_someone_waits)
+_SUCCEED: Final = only(ending(RunState.SUCCEEDED, _was_open), *TOLD)
+_FAIL: Final = only(ending(RunState.FAILED, _was_open), *TOLD)
+_RETRY: Final = only(moving(RunState.RETRYING, _was_open, **EXPLAINED, **_again), *TOLD)
 
 _Due = tuple[Attempt, Executable]
 """A call that may be made if a slot is free, and the statement that begins it."""
@@ -238,9 +237,10 @@ class AnalysisLedger:
             statement = _FAIL if retry_in is None else _RETRY
             facts |= {"why": answer.code, "sentence": answer.message}
         with self._database.autocommit() as connection:
-            run = connection.execute(statement, facts).one_or_none()
-        announce(run)
-        return run is None or bool(run.someone_waits)
+            announce(connection.execute(statement, facts).one_or_none())
+            # Not before the commit: a run that is set aside meanwhile looks for a free slot after its own. One of the
+            # two sees the other.
+            return connection.scalar(_ANYONE_WAITING) is not None
 
     def is_slot_free(self, *, node: str, cap: int, node_cap: int) -> bool:
         """Tell whether a call might begin now; see :meth:`begin_attempt`."""
