@@ -75,7 +75,7 @@ class Plan:
     found: ScalarSelect[bool]
     bad: ScalarSelect[int]
     examples: ScalarSelect[list[str] | None]
-    advice: Select[tuple[str, str]]
+    advice: Select[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +275,7 @@ class Catalog:
             .prefix_with("MATERIALIZED")
         )
 
-    def _advice(self, task_id: int) -> Select[tuple[str, str]]:
+    def _advice(self, task_id: int) -> Select[str, str]:
         """Return the statement that keeps PostgreSQL from looking up the configs of a long list one by one.
 
         It takes each list for 100 elements. For 100,000, with as many configs, looking up took a third of the time
