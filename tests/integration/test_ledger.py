@@ -1,9 +1,9 @@
 """The ledger's promises, one by one: legal transitions, counts that add up, shared batches, wake-ups, attempts."""
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -1356,16 +1356,25 @@ def test_the_end_of_a_call_says_whether_another_run_waits_for_it(bench: Workbenc
     assert finish(other, GOOD, None)
 
 
+@contextmanager
+def ends_meanwhile(
+    bench: Workbench, attempt: Attempt, change: LiteralString
+) -> Iterator[tuple[psycopg.Connection, Future[bool]]]:
+    """Let a call end while another session, which is to commit, changes its run."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(bench.url) as other:
+        other.execute(f"UPDATE orchestrator.runs SET {change} WHERE id = %s", [attempt.run_id])
+        ends = pool.submit(bench.ledger.analyses.finish_attempt, attempt, GOOD, None)
+        eventually(lambda: bench.query(waiting), within=10, what="the statement has begun, and waits for the run's row")
+        yield other, ends
+
+
 def test_a_run_set_aside_while_a_call_ends_is_seen_by_whoever_ends_it(bench: Workbench) -> None:
     first, second = bench.accept_analysis(1), bench.accept_analysis(2)
     attempt = bench.begin_attempt(first, cap=1)
     assert attempt is not None
-    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
-    with ThreadPoolExecutor(1) as pool, psycopg.connect(bench.url) as other:
-        other.execute("UPDATE orchestrator.runs SET wakes = wakes + 1 WHERE id = %s", [first])
-        ends = pool.submit(bench.ledger.analyses.finish_attempt, attempt, GOOD, None)
-        eventually(lambda: bench.query(waiting), within=10, what="the statement has begun, and waits for the run's row")
+    with ends_meanwhile(bench, attempt, "wakes = wakes + 1") as (other, ends):
         assert bench.begin_attempt(second, cap=1) is None
         assert not bench.ledger.analyses.is_slot_free(node=NODE, cap=1, node_cap=100)
         other.commit()
@@ -1378,12 +1387,8 @@ def test_a_call_ends_once_its_run_is_free(bench: Workbench, meanwhile: LiteralSt
     run_id = bench.accept_analysis()
     attempt = bench.begin_attempt(run_id)
     assert attempt is not None
-    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
-    with ThreadPoolExecutor(1) as pool, psycopg.connect(bench.url) as other:
-        other.execute(f"UPDATE orchestrator.runs SET {meanwhile} WHERE id = %s", [run_id])
-        ends = pool.submit(bench.ledger.analyses.finish_attempt, attempt, GOOD, None)
-        eventually(lambda: bench.query(waiting), within=10, what="it waits for the run's row")
+    with ends_meanwhile(bench, attempt, meanwhile) as (other, ends):
         other.commit()
         ends.result(10)
 

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Select,
     Text,
     Uuid,
+    and_,
     bindparam,
     case,
     exists,
@@ -95,6 +96,8 @@ _under_way = (
     .where(attempts.c.finished_at.is_(None), attempts.c.lease_until > now)
     .subquery()
 )
+_slot_free = (_under_way.c.everywhere < bindparam("cap"), _under_way.c.here < bindparam("node_cap"))
+_IS_SLOT_FREE: Final = select(and_(*_slot_free))
 _ATTEMPT: Final = bindparam("attempt", type_=Integer)
 _recorded = (
     insert(attempts)
@@ -105,7 +108,7 @@ _recorded = (
             _ATTEMPT,
             bindparam("worker", type_=Text),
             from_now(bindparam("wake_in", type_=Double)),
-        ).where(_under_way.c.everywhere < bindparam("cap"), _under_way.c.here < bindparam("node_cap")),
+        ).where(*_slot_free),
     )
     .returning(attempts.c.number)
     .cte("recorded_attempt")
@@ -116,21 +119,19 @@ _begun = {"attempts": _ATTEMPT, "awaits_slot": None}
 _START: Final = only(starting(exists(select(_recorded.c.number)), **_begun), "kind", "trigger", "waited")
 _GO_ON: Final = going_on(exists(select(_recorded.c.number)), **_begun)
 
-_waiting = (
-    runs.c.awaits_slot.is_not(None),
-    among(UNFINISHED),
-    func.coalesce(runs.c.next_attempt_at, clock) <= clock,
-)
-_oldest = (
+# To ask whether anybody waits, too. Not by EXISTS, which PostgreSQL would answer by reading runs one after the other
+# once it believes that many wait.
+_OLDEST_WAITING: Final = (
     select(runs.c.id)
-    .where(*_waiting)
+    .where(
+        runs.c.awaits_slot.is_not(None),
+        among(UNFINISHED),
+        func.coalesce(runs.c.next_attempt_at, clock) <= clock,
+    )
     .order_by(runs.c.created_at)
     .limit(1)
-    .with_for_update(skip_locked=True)
-    .scalar_subquery()
 )
-# Not EXISTS, which PostgreSQL would answer by reading runs one after the other once it believes that many wait.
-_ANYONE_WAITING: Final = select(runs.c.id).where(*_waiting).order_by(runs.c.created_at).limit(1)
+_oldest = _OLDEST_WAITING.with_for_update(skip_locked=True).scalar_subquery()
 _NEXT_WAITING: Final = update(runs).where(runs.c.id == _oldest).values(awaits_slot=None).returning(runs)
 
 # The run's row before its attempt: see the order of locks.
@@ -153,9 +154,6 @@ _RETRY: Final = only(moving(RunState.RETRYING, _was_open, **EXPLAINED, **_again)
 
 _Due = tuple[Attempt, Executable]
 """A call that may be made if a slot is free, and the statement that begins it."""
-
-
-_ANY_SLOT: Final = select((_under_way.c.everywhere < bindparam("cap")) & (_under_way.c.here < bindparam("node_cap")))
 
 
 class AnalysisLedger:
@@ -240,12 +238,12 @@ class AnalysisLedger:
             announce(connection.execute(statement, facts).one_or_none())
             # Not before the commit: a run that is set aside meanwhile looks for a free slot after its own. One of the
             # two sees the other.
-            return connection.scalar(_ANYONE_WAITING) is not None
+            return connection.scalar(_OLDEST_WAITING) is not None
 
     def is_slot_free(self, *, node: str, cap: int, node_cap: int) -> bool:
         """Tell whether a call might begin now; see :meth:`begin_attempt`."""
         with self._database.autocommit() as connection:
-            return bool(connection.scalar(_ANY_SLOT, {"worker": node, "cap": cap, "node_cap": node_cap}))
+            return bool(connection.scalar(_IS_SLOT_FREE, {"worker": node, "cap": cap, "node_cap": node_cap}))
 
     def next_waiting(self) -> WakeUp | None:
         """Take the oldest run that was set aside for want of a free call, if there is one."""
